@@ -1,0 +1,202 @@
+"""The settings a person edits, and what follows from them.
+
+Edit a value on its line, or give it on the command line, where every line is an option of the same name:
+
+    python train.py --model_arch_name rcan_x2 --upscale_factor 2 --batch_size 8
+    python train.py --help
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+ModelName = Literal[
+    "rcan_x2", "rcan_x3", "rcan_x4", "rcan_x8",
+    "rcan_cbam_x2", "rcan_cbam_x3", "rcan_cbam_x4", "rcan_cbam_x8",
+    "rcan_light_x2", "rcan_light_x3", "rcan_light_x4", "rcan_light_x8",
+    "rcan_light_cbam_x2", "rcan_light_cbam_x3", "rcan_light_cbam_x4", "rcan_light_cbam_x8",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    # The network
+    model_arch_name: ModelName = "rcan_x4"  # the paper's size, or rcan_light_… for CPUs; …_cbam_… has CBAM attention
+    upscale_factor: Literal[2, 3, 4, 8] = 4  # how many times larger; the one that the model's name ends in
+    channels: int | None = None  # width of the feature maps; None: as the model's name says
+    reduction: int | None = None  # how many times narrower the attention's bottleneck is; None: as the name says
+    num_rg: int | None = None  # residual groups; None: as the name says
+    num_rcab: int | None = None  # blocks in each group; None: as the name says
+
+    # The run
+    mode: Literal["train", "test", "valid"] | None = None  # None: each script runs in its own mode; valid is test
+    exp_name: str = ""  # the run's folder is results/<exp_name>; empty: the model's name
+    results_dir: str = "results"  # where the folders of all runs lie
+    seed: int = 0  # the same seed gives the same run, with any number of workers
+    epochs: int = 1000  # how long to train; an epoch is steps_per_epoch updates, whatever the data's size
+    steps_per_epoch: int = 1000  # updates in an epoch
+    start_epoch: int = 0  # the epoch to resume in; 0: where the checkpoint stopped; any other must be that one
+    resume: str = "auto"  # auto: go on from the run's last.pth.tar, if there; never: refuse if there; or a checkpoint's path
+    pretrained_model_path: str = ""  # start from these weights, of any scale: all but an upsampler of another shape
+
+    # Data: a set is a folder with GT/ (or GTmod12/, HR/, or the images themselves), under data_root or anywhere
+    data_root: str = "data"  # where the sets lie
+    train_sets: tuple[str, ...] = ("DIV2K",)  # sets to train on, all together
+    valid_sets: tuple[str, ...] = ("Set5",)  # sets scored during training; the first decides which weights are best
+    test_sets: tuple[str, ...] = ("Set5",)  # sets that test.py scores
+    degradation: Literal["BI", "BD", "DN"] = "BI"  # how LR images are made: bicubic; blur and decimation; bicubic and noise
+    lr_patch_size: int = 48  # side of the LR patch, LR pixels; the GT patch is upscale_factor times as large
+    small_images: Literal["refuse", "skip"] = "refuse"  # what to do with training images smaller than a patch
+    cache_dir: str = ".cache"  # decoded training images, made once; may be deleted at any time
+    num_workers: int = 1  # processes that cut batches, for each device; 0: in the training process
+
+    # The optimizer: Adam
+    batch_size: int = 16  # patches in an update, over all devices together
+    learning_rate: float = 1e-4  # of Adam, at its highest
+    adam_betas: tuple[float, float] = (0.9, 0.999)  # decay of Adam's averages of the gradient and of its square
+    schedule: Literal["step", "cosine"] = "step"  # step: halved every halve_every updates; cosine: down to 0 at the end
+    halve_every: int = 200_000  # updates between two halvings of the learning rate, for schedule=step
+    warmup_updates: int = 0  # updates over which the learning rate rises from 0
+    clip_grad_norm: float = 1.0  # longest gradient, in the 2-norm over all weights; 0: not clipped
+    max_skipped_updates: int = 50  # updates in a row that may be skipped for not being finite before the run is stopped
+    ema_decay: float = 0.999  # of the averaged weights, which are evaluated and saved; 0: no averaging
+
+    # The device
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the network in training; auto: bf16 where it is fast
+    channels_last: bool = True  # memory layout of the convolutions; faster nearly everywhere
+    compile: bool = False  # torch.compile each residual group: a slower start, faster updates; needs a C++ compiler on CPUs
+
+    # Reports, in updates
+    log_every: int = 100  # a line in log.jsonl and TensorBoard
+    eval_every: int = 1000  # PSNR and SSIM of valid_sets, sample pictures, and best.pth.tar
+    save_every: int = 1000  # last.pth.tar, from which the same command resumes
+
+    # Composite loss, for train_improved.py
+    use_composite_loss: bool = False  # False: L1 alone; True: the weighted sum of the three terms below
+    l1_weight: float = 1.0  # of the mean absolute difference
+    perceptual_weight: float = 0.006  # of the difference of VGG19's features
+    adversarial_weight: float = 0.001  # of the discriminator's opinion
+
+    # Testing
+    model_path: str = ""  # weights; empty: the experiment's best, else the light network of this repository for the scale
+    self_ensemble: bool = False  # mean over the eight turns of the picture (RCAN+); eight times as slow
+    save_images: bool = True  # write the upscaled pictures
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        self._check_pairs()
+        self._check_ranges()
+
+    def _check_pairs(self) -> None:
+        if not self.model_arch_name.endswith(f"_x{self.upscale_factor}"):
+            family, scale = self.model_arch_name.rsplit("_x", 1)
+            raise ValueError(
+                f"model_arch_name={self.model_arch_name!r} contradicts upscale_factor={self.upscale_factor}: "
+                f"set model_arch_name={family + '_x' + str(self.upscale_factor)!r} or upscale_factor={scale}"
+            )
+        if self.start_epoch and self.resume == "never":
+            raise ValueError(f"start_epoch={self.start_epoch} contradicts resume='never': set start_epoch=0 or resume='auto'")
+        if self.start_epoch >= self.epochs:
+            raise ValueError(f"start_epoch={self.start_epoch} is not before the end, epochs={self.epochs}: raise epochs")
+
+    def _check_ranges(self) -> None:
+        for name in _AT_LEAST_1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in _AT_LEAST_0:
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0, and finite")
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"learning_rate={self.learning_rate} must lie between 0 and 1; the paper's is 1e-4")
+        for name, value in (("ema_decay", self.ema_decay), ("adam_betas", max(self.adam_betas)), ("adam_betas", min(self.adam_betas))):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
+        for name in ("train_sets", "valid_sets", "test_sets"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} names a set twice")
+
+    @property
+    def experiment_dir(self) -> Path:
+        """Where the run leaves its checkpoints, logs and pictures."""
+        return Path(self.results_dir) / (self.exp_name or self.model_arch_name)
+
+    @property
+    def gt_patch_size(self) -> int:
+        """Side of the GT patch, GT pixels."""
+        return self.lr_patch_size * self.upscale_factor
+
+    @property
+    def total_updates(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def model_arguments(self) -> dict[str, int]:
+        """What differs from the named size."""
+        sizes = {name: getattr(self, name) for name in ("channels", "reduction", "num_rg", "num_rcab")}
+        return {name: value for name, value in sizes.items() if value is not None}
+
+    @property
+    def weights_path(self) -> Path:
+        """The weights to test: `model_path`, else the experiment's best, else those that come with this repository."""
+        if self.model_path:
+            return Path(self.model_path)
+        best = self.experiment_dir / "best.pth.tar"
+        return best if best.is_file() else released_weights(self.upscale_factor)
+
+
+def released_weights(upscale_factor: int) -> Path:
+    """Where this repository keeps its own trained weights for a scale; there may be none."""
+    return Path(__file__).parent / "assets" / "weights" / f"rcan_light_x{upscale_factor}.pth.tar"
+
+
+Settings = TypeVar("Settings", bound=Config)
+
+
+def parse(settings: type[Settings], mode: Literal["train", "test"], argv: Sequence[str] | None = None) -> Settings:
+    """The settings of this run: the file's values, replaced by those on the command line.
+
+    Raises:
+        ValueError: settings that contradict each other or the script. A slip or a wrong type ends with exit code 2.
+    """
+    import tyro  # only here, so that importing the settings stays cheap
+
+    config = tyro.cli(
+        settings, args=argv, use_underscores=True, config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
+    )
+    if config.mode is not None and {"valid": "test"}.get(config.mode, config.mode) != mode:
+        raise ValueError(f"mode={config.mode!r} contradicts this script, which can only {mode}: leave mode at None, or run another script")
+    return config
+
+
+_AT_LEAST_1 = (
+    "channels", "reduction", "num_rg", "num_rcab", "epochs", "steps_per_epoch", "lr_patch_size", "batch_size", "halve_every",
+    "max_skipped_updates", "log_every", "eval_every", "save_every",
+)  # fmt: skip
+_AT_LEAST_0 = (
+    "seed", "start_epoch", "num_workers", "warmup_updates", "clip_grad_norm", "l1_weight", "perceptual_weight", "adversarial_weight",
+)  # fmt: skip
+
+
+def _check_types(config: Config) -> None:
+    """Refuse a value of another type, as an edited line can hold one."""
+    hints = get_type_hints(type(config))
+    for field in fields(config):
+        if not _fits(getattr(config, field.name), hints[field.name]):
+            name = str(hints[field.name]).replace("typing.", "") if get_args(hints[field.name]) else hints[field.name].__name__
+            raise ValueError(f"{field.name}={getattr(config, field.name)!r} must be {name}; correct its line in config.py")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in get_args(hint))
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, choice) for choice in get_args(hint))
+    if get_origin(hint) is tuple:
+        kinds = get_args(hint)
+        kinds = kinds[:1] * len(value) if isinstance(value, tuple) and kinds[-1] is Ellipsis else kinds
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is hint

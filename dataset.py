@@ -1,0 +1,484 @@
+"""Files to batches: finding pairs, the decode-once store, training batches, test images, prefetchers.
+
+Training images are decoded once into a store of raw uint8 (gt and lr side by side, memory-mapped, shared by all processes);
+cutting a batch is then a few copies. What a batch holds is a function of (seed, update) alone, so neither the number of
+workers nor a resume changes the run.
+
+    pairs = find_pairs("data/T91", upscale_factor=4)
+    store = PairStore.open_or_build({"T91": pairs}, 4, "BI", cache_dir=".cache")
+    batches = TrainBatches(store, batch_size=16, lr_patch_size=48, seed=0)
+    for batch in prefetch(load(batches, first=0, last=1000, num_workers=1), device): batch["lr"], batch["gt"]
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import imgproc
+
+# Finding pairs
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One picture: its name, its original, and its LR image, or None where that is made from the original."""
+
+    name: str
+    gt: Path
+    lr: Path | None
+
+
+GT_FOLDERS = ("GT", "GTmod12", "HR")
+LR_FOLDERS = {
+    "BI": ("LRbicx{scale}", "LR_bicubic/X{scale}"),
+    "BD": ("LRBDx{scale}",),
+    "DN": ("LRDNx{scale}",),
+}
+
+
+def find_pairs(folder: str | os.PathLike, upscale_factor: int, degradation: str = "BI") -> list[Pair]:
+    """The pictures of a set, sorted by name; pairs are made by name, never by order.
+
+    Originals lie in `GT`, `GTmod12` or `HR`, in `image_SRF_<scale>` with LR images beside them, or in the folder itself; LR
+    images in `LRbicx<scale>`, `LR_bicubic/X<scale>`, `LRBDx<scale>` or `LRDNx<scale>`, where they may end in `x<scale>`.
+
+    Raises:
+        FileNotFoundError: the folder is missing or holds no image.
+        ValueError: an image lacks its partner, or two have one name.
+    """
+    folder = Path(folder).absolute()
+    gt_files, lr_files = _find_files(folder, upscale_factor, degradation)
+    if not gt_files:
+        problem = "no image is in it" if folder.is_dir() else "no such folder"
+        raise FileNotFoundError(
+            f"{folder}: {problem}; put the originals into {folder / 'GT'} as .png or .jpg, or name another data_root or set"
+        )
+    gt, lr = _by_name(gt_files, upscale_factor), _by_name(lr_files, upscale_factor)
+    if lr and gt.keys() != lr.keys():
+        name = min(gt.keys() ^ lr.keys())
+        found, missing = (gt[name], lr_files[0].parent) if name in gt else (lr[name], gt_files[0].parent)
+        raise ValueError(f"{found}: has no partner in {missing}, where {len(gt)} originals and {len(lr)} LR images should pair")
+    return [Pair(name, gt[name], lr.get(name)) for name in sorted(gt)]
+
+
+def _find_files(folder: Path, scale: int, degradation: str) -> tuple[list[Path], list[Path]]:
+    both = _images_in(folder / f"image_SRF_{scale}")
+    if both:
+        return [file for file in both if file.stem.endswith("_HR")], [file for file in both if file.stem.endswith("_LR")]
+    gt_folders = [folder / name for name in GT_FOLDERS] + [folder]
+    lr_folders = [folder / name.format(scale=scale) for name in LR_FOLDERS[degradation]]
+    return next(filter(None, map(_images_in, gt_folders)), []), next(filter(None, map(_images_in, lr_folders)), [])
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return imgproc.list_images(folder) if folder.is_dir() else []
+
+
+def _by_name(files: Sequence[Path], scale: int) -> dict[str, Path]:
+    named = {}
+    for file in files:
+        name = re.sub(rf"(x{scale}|_SRF_{scale}_[HL]R)$", "", file.stem)
+        if name in named:
+            raise ValueError(f"{file}: has the same name as {named[name]}; rename one")
+        named[name] = file
+    return named
+
+
+Size = tuple[int, int]  # (height, width)
+
+
+def gt_sizes(pairs: Sequence[Pair], upscale_factor: int) -> list[Size]:
+    """(height, width) of each original, cropped to a multiple of the scale; reads headers only.
+
+    Raises:
+        ValueError: an original smaller than the scale, or an LR image of another size than its original needs.
+    """
+    sizes = []
+    for pair in pairs:
+        height, width = (side // upscale_factor for side in imgproc.image_size(pair.gt))
+        if not height or not width:
+            raise ValueError(f"{pair.gt}: smaller than {upscale_factor} pixels, the upscale_factor; remove it")
+        if pair.lr and imgproc.image_size(pair.lr) != (height, width):
+            _raise_size(pair, imgproc.image_size(pair.lr), upscale_factor)
+        sizes.append((height * upscale_factor, width * upscale_factor))
+    return sizes
+
+
+def _raise_size(pair: Pair, lr_size: Size, scale: int) -> None:
+    height, width = imgproc.image_size(pair.gt)
+    raise ValueError(
+        f"{pair.lr}: lr is {lr_size[1]}x{lr_size[0]}, but gt {width}x{height} at x{scale} needs {width // scale}x{height // scale}"
+    )
+
+
+def describe_pairs(split: str, name: str, pairs: Sequence[Pair]) -> str:
+    """What a person wants to see before training: where, how many, and the first three pairs."""
+    made = "made exactly from the originals" if pairs[0].lr is None else str(pairs[0].lr.parent)
+    first = ", ".join(pair.gt.name if pair.lr is None else f"{pair.gt.name} with {pair.lr.name}" for pair in pairs[:3])
+    return f"{split} {name}: {len(pairs)} images in {pairs[0].gt.parent}, LR {made}\n    {first}{', …' if len(pairs) > 3 else ''}"
+
+
+def fit_to_patch(pairs: Sequence[Pair], sizes: Sequence[Size], gt_patch_size: int, small_images: str = "refuse") -> NDArray[np.intp]:
+    """Indices of the images that a patch can be cut from.
+
+    Raises:
+        ValueError: some are too small and `small_images` is "refuse", or none is left.
+    """
+    fitting = np.array([min(size) >= gt_patch_size for size in sizes], bool)
+    if not fitting.all() and (small_images == "refuse" or not fitting.any()):
+        first = int(np.flatnonzero(~fitting)[0])
+        raise ValueError(
+            f"{pairs[first].gt}: {sizes[first][1]}x{sizes[first][0]} is smaller than a GT patch of {gt_patch_size}, as are "
+            f"{(~fitting).sum()} of {len(sizes)} images: set a smaller lr_patch_size"
+            + (", or small_images='skip' to train without them" if fitting.any() else "")
+        )
+    return np.flatnonzero(fitting)
+
+
+def make_lr(pair: Pair, gt: imgproc.Picture, upscale_factor: int, degradation: str) -> imgproc.Picture:
+    """The LR image of a pair, read or made from the cropped original; DN's noise is another for each name."""
+    if pair.lr is None:
+        return imgproc.degrade(gt, upscale_factor, degradation, seed=zlib.crc32(pair.name.encode()))
+    lr = imgproc.read_image(pair.lr)
+    if (lr.shape[0] * upscale_factor, lr.shape[1] * upscale_factor) != gt.shape[:2]:
+        _raise_size(pair, lr.shape[:2], upscale_factor)
+    return lr
+
+
+class TestImages(Sequence):
+    """A test set: `images[i]` is (name, lr, gt), uint8 (H, W, 3), gt cropped to a multiple of the scale."""
+
+    __test__ = False  # not a test case of pytest's
+
+    def __init__(self, pairs: Sequence[Pair], upscale_factor: int, degradation: str = "BI") -> None:
+        self.pairs = list(pairs)
+        self.upscale_factor = upscale_factor
+        self.degradation = degradation
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[str, imgproc.Picture, imgproc.Picture]:
+        pair = self.pairs[index]
+        gt = imgproc.crop_to_multiple(imgproc.read_image(pair.gt), self.upscale_factor)
+        return pair.name, make_lr(pair, gt, self.upscale_factor, self.degradation), gt
+
+
+# The store
+
+
+class PairStore:
+    """Decoded training images in two files of raw uint8, gt.bin and lr.bin, memory-mapped; manifest.json says what is where.
+
+    `store.gt(i)` and `store.lr(i)` are read-only views, (H, W, 3). Opening takes no memory of its own, and a store can be
+    handed to other processes.
+    """
+
+    VERSION = 1
+
+    def __init__(self, folder: Path, sizes: Sequence[Size], upscale_factor: int) -> None:
+        self.folder = folder
+        self.upscale_factor = upscale_factor
+        self.gt_sizes = [tuple(size) for size in sizes]
+        self.lr_sizes = [(height // upscale_factor, width // upscale_factor) for height, width in sizes]
+        self._gt_starts, self._lr_starts = _starts(self.gt_sizes), _starts(self.lr_sizes)
+        self._maps: dict[str, NDArray[np.uint8]] = {}
+
+    def __len__(self) -> int:
+        return len(self.gt_sizes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}  # each process maps the files itself
+
+    def gt(self, index: int) -> imgproc.Picture:
+        return self._view("gt.bin", self._gt_starts, self.gt_sizes, index)
+
+    def lr(self, index: int) -> imgproc.Picture:
+        return self._view("lr.bin", self._lr_starts, self.lr_sizes, index)
+
+    def _view(self, file: str, starts: NDArray[np.int64], sizes: Sequence[Size], index: int) -> imgproc.Picture:
+        if file not in self._maps:
+            self._maps[file] = np.asarray(np.memmap(self.folder / file, np.uint8, "r"))
+        return self._maps[file][starts[index] : starts[index + 1]].reshape(*sizes[index], 3)
+
+    @classmethod
+    def open_or_build(
+        cls, sets: Mapping[str, Sequence[Pair]], upscale_factor: int, degradation: str, cache_dir: str | os.PathLike, progress: bool = True
+    ) -> "PairStore":
+        """The store of these sets, built where there is none or where it is damaged or older than its sources.
+
+        Raises:
+            OSError: the disk has too little room.
+            ValueError: a source can't be read, or a pair doesn't fit.
+        """
+        pairs = [pair for members in sets.values() for pair in members]
+        sizes = gt_sizes(pairs, upscale_factor)
+        expected = {
+            "version": cls.VERSION,
+            "upscale_factor": upscale_factor,
+            "degradation": degradation,
+            "gt_sizes": [list(size) for size in sizes],
+            "sources": [_fingerprint(pair) for pair in pairs],
+        }
+        folder = Path(cache_dir).absolute() / _store_name(sets, upscale_factor, degradation)
+        store = cls(folder, sizes, upscale_factor)
+        if folder.is_dir():
+            problem = store._problem(expected)
+            if problem is None:
+                return store
+            if progress:
+                tqdm.write(f"{folder}: {problem}; building it again")
+        _build(store, pairs, expected, progress)
+        return store
+
+    def _problem(self, expected: Mapping[str, Any]) -> str | None:
+        """What is wrong with the files on disk, or None."""
+        try:
+            manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return "its manifest is missing or damaged"
+        if {key: manifest.get(key) for key in expected} != expected:
+            return "its sources have changed"
+        for file, starts in (("gt.bin", self._gt_starts), ("lr.bin", self._lr_starts)):
+            if not (self.folder / file).is_file() or (self.folder / file).stat().st_size != starts[-1]:
+                return f"{file} is cut off"
+        step = 1 + int(self._gt_starts[-1] // _CHECKED_BYTES)  # all images of a small store, an even choice of a large one
+        for index in range(0, len(self), step):
+            if _checksum(self.gt(index), self.lr(index)) != manifest["checksums"][index]:
+                return f"image {index} is damaged"
+        return None
+
+
+_CHECKED_BYTES = 2**30  # compared with their checksums whenever a store is opened; a second's work
+
+
+def _starts(sizes: Sequence[Size]) -> NDArray[np.int64]:
+    return np.cumsum([0] + [height * width * 3 for height, width in sizes], dtype=np.int64)
+
+
+def _store_name(sets: Mapping[str, Sequence[Pair]], scale: int, degradation: str) -> str:
+    folders = sorted({str(folder) for pairs in sets.values() for pair in pairs for folder in (pair.gt.parent, pair.lr and pair.lr.parent)})
+    names = "+".join(re.sub(r"\W+", "-", Path(name).name) for name in sets)[:60]
+    return f"{names}_{degradation}x{scale}_{hashlib.sha256(json.dumps(folders).encode()).hexdigest()[:8]}"
+
+
+def _fingerprint(pair: Pair) -> list[Any]:
+    files = [pair.gt] if pair.lr is None else [pair.gt, pair.lr]
+    return [pair.name, *([str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
+
+
+def _checksum(gt: imgproc.Picture, lr: imgproc.Picture) -> int:
+    return zlib.crc32(lr, zlib.crc32(gt))
+
+
+def _build(store: PairStore, pairs: Sequence[Pair], manifest: dict[str, Any], progress: bool) -> None:
+    """Decode everything into a folder of its own, and move that into place when it is complete and on the disk."""
+    store.folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(store.folder)
+    _check_room(store)
+    building = store.folder.with_name(f"{store.folder.name}.building-{os.getpid()}")
+    try:
+        building.mkdir()
+        checksums = _decode_all(store, pairs, building, manifest["degradation"], progress)
+        (building / "manifest.json").write_text(json.dumps({**manifest, "checksums": checksums}), encoding="utf-8")
+        for file in building.iterdir():
+            with open(file, "rb+") as written:
+                os.fsync(written.fileno())
+        _move_into_place(building, store.folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _decode_all(store: PairStore, pairs: Sequence[Pair], folder: Path, degradation: str, progress: bool) -> list[int]:
+    maps = {
+        file: np.memmap(folder / file, np.uint8, "w+", shape=int(starts[-1]))
+        for file, starts in (("gt.bin", store._gt_starts), ("lr.bin", store._lr_starts))
+    }
+
+    def decode(index: int) -> int:  # in a thread: decoding and resizing release the interpreter's lock
+        gt = imgproc.crop_to_multiple(imgproc.read_image(pairs[index].gt), store.upscale_factor)
+        if gt.shape[:2] != store.gt_sizes[index]:
+            raise ValueError(f"{pairs[index].gt}: changed while it was read; start again")
+        lr = make_lr(pairs[index], gt, store.upscale_factor, degradation)
+        gt, lr = np.ascontiguousarray(gt), np.ascontiguousarray(lr)
+        maps["gt.bin"][store._gt_starts[index] : store._gt_starts[index + 1]] = gt.reshape(-1)
+        maps["lr.bin"][store._lr_starts[index] : store._lr_starts[index + 1]] = lr.reshape(-1)
+        return _checksum(gt, lr)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            bar = tqdm(pool.map(decode, range(len(pairs))), "decoding once", len(pairs), unit="image", disable=not progress)
+            checksums = list(bar)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    for written in maps.values():
+        written.flush()
+    return checksums
+
+
+def _check_room(store: PairStore) -> None:
+    needed = int(store._gt_starts[-1] + store._lr_starts[-1])
+    free = shutil.disk_usage(store.folder.parent).free
+    if free < needed * 1.02 + 2**20:
+        raise OSError(
+            f"{store.folder.parent}: the decoded images need {needed / 2**30:.2f} GiB, but {free / 2**30:.2f} GiB are free; "
+            "make room, or set cache_dir to another disk"
+        )
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete what interrupted builds left; a build that still runs has written within the last ten minutes."""
+    for left in (*folder.parent.glob(f"{folder.name}.building-*"), *folder.parent.glob(f"{folder.name}.stale-*")):
+        newest = max((file.stat().st_mtime for file in (left, *left.iterdir())), default=0)
+        if time.time() - newest > 600 or left.name.endswith(f"-{os.getpid()}"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _move_into_place(building: Path, folder: Path) -> None:
+    stale = folder.with_name(f"{folder.name}.stale-{os.getpid()}")
+    if folder.exists():
+        folder.rename(stale)
+    building.rename(folder)
+    shutil.rmtree(stale, ignore_errors=True)
+
+
+# Training batches
+
+
+class TrainBatches(Dataset):
+    """`batches[update]` is what that update sees: {"lr": uint8 (n, h, w, 3), "gt": uint8 (n, H, W, 3)}, aligned.
+
+    Every image is seen once before any is seen again. Each draw (image, place, orientation) is a function of seed and update.
+
+    Args:
+        batch_size: of all processes together; this one gets its share.
+        usable: indices of the images to draw from; None for all.
+        rank, world_size: which share.
+
+    Raises:
+        ValueError: a batch that can't be shared out evenly.
+    """
+
+    def __init__(
+        self,
+        store: PairStore,
+        batch_size: int,
+        lr_patch_size: int,
+        seed: int,
+        *,
+        usable: NDArray[np.intp] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size % world_size:
+            raise ValueError(f"batch_size={batch_size} can't be shared by {world_size} processes: set a multiple")
+        self.store = store
+        self.batch_size = batch_size
+        self.lr_patch_size = lr_patch_size
+        self.seed = seed
+        self.usable = np.arange(len(store)) if usable is None else usable
+        self.share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+
+    def __getitem__(self, update: int) -> dict[str, Tensor]:
+        images = self._images(update)[self.share]
+        random = np.random.default_rng((self.seed, _PLACES, update))
+        places = random.random((self.batch_size, 2))[self.share]
+        orientations = random.integers(8, size=self.batch_size)[self.share]
+        scale, size = self.store.upscale_factor, self.lr_patch_size
+        lr = np.empty((len(images), size, size, 3), np.uint8)
+        gt = np.empty((len(images), size * scale, size * scale, 3), np.uint8)
+        for i, (image, place, orientation) in enumerate(zip(images, places, orientations, strict=True)):
+            room = np.subtract(self.store.lr_sizes[image], size) + 1
+            top, left = (place * room).astype(int)  # in LR pixels, so that both crops show the same
+            lr[i] = imgproc.turn(self.store.lr(image)[top : top + size, left : left + size], orientation)
+            top, left, side = top * scale, left * scale, size * scale
+            gt[i] = imgproc.turn(self.store.gt(image)[top : top + side, left : left + side], orientation)
+        return {"lr": torch.from_numpy(lr), "gt": torch.from_numpy(gt)}
+
+    def _images(self, update: int) -> list[int]:
+        positions = range(update * self.batch_size, (update + 1) * self.batch_size)
+        return [int(self._order(position // len(self.usable))[position % len(self.usable)]) for position in positions]
+
+    def _order(self, turn: int) -> NDArray[np.intp]:
+        if getattr(self, "_turn", None) != turn:
+            self._turn, self._shuffled = turn, np.random.default_rng((self.seed, _ORDER, turn)).permutation(self.usable)
+        return self._shuffled
+
+
+_ORDER, _PLACES = 0, 1  # separate streams of random numbers
+
+
+def load(batches: TrainBatches, first: int, last: int, num_workers: int, pin_memory: bool = False) -> DataLoader:
+    """Batches of the updates `first` to `last` - 1, in order, cut by `num_workers` processes (0: by this one)."""
+    return DataLoader(batches, batch_size=None, sampler=range(first, last), num_workers=num_workers, pin_memory=pin_memory)
+
+
+# Prefetchers: uint8 (n, h, w, 3) to float32 (n, 3, h, w) in [0, 1] on the device
+
+
+def prefetch(loader: DataLoader, device: torch.device, channels_last: bool = True) -> "CPUPrefetcher | CUDAPrefetcher":
+    """The prefetcher for a device."""
+    return (CUDAPrefetcher if device.type == "cuda" else CPUPrefetcher)(loader, device, channels_last)
+
+
+class CPUPrefetcher:
+    """Iterates once over a loader's batches: {"lr", "gt"}, float32 (n, 3, h, w) in [0, 1]."""
+
+    def __init__(self, loader: DataLoader, device: torch.device, channels_last: bool = True) -> None:
+        self._batches = iter(loader)
+        self._device = device
+        self._channels_last = channels_last
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        return {name: self._convert(pixels) for name, pixels in next(self._batches).items()}
+
+    def _convert(self, pixels: Tensor) -> Tensor:
+        pixels = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2)  # the memory is channels_last already
+        pixels = pixels if self._channels_last else pixels.contiguous()
+        return pixels.to(torch.float32).div_(255)
+
+
+class CUDAPrefetcher(CPUPrefetcher):
+    """The same, with the next batch's copy and conversion running ahead on a stream of their own; needs pinned memory."""
+
+    def __init__(self, loader: DataLoader, device: torch.device, channels_last: bool = True) -> None:
+        super().__init__(loader, device, channels_last)
+        self._stream = torch.cuda.Stream(device)
+        self._ahead = self._fetch()
+
+    def __next__(self) -> dict[str, Tensor]:
+        if self._ahead is None:
+            raise StopIteration
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        batch = self._ahead
+        for tensor in batch.values():  # so that its memory is not given away while this stream still reads it
+            tensor.record_stream(torch.cuda.current_stream(self._device))
+        self._ahead = self._fetch()
+        return batch
+
+    def _fetch(self) -> dict[str, Tensor] | None:
+        with torch.cuda.stream(self._stream):
+            try:
+                return super().__next__()
+            except StopIteration:
+                return None

@@ -1,0 +1,324 @@
+"""Pure functions on pixels: reading and writing, MATLAB's bicubic, degradations, crops and turns, PSNR and SSIM.
+
+An image is RGB uint8, (H, W, 3), everywhere in this file.
+
+    gt = read_image("baby.png")
+    lr = degrade(gt, upscale_factor=4)                # what the paper's network is given
+    psnr(sr, gt, border=4), ssim(sr, gt, border=4)    # as the papers count them
+"""
+
+import io
+import math
+import os
+import warnings
+from functools import lru_cache, partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from scipy import ndimage, sparse
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+MAX_PIXELS = 178_956_970  # 512 MiB as RGB; larger files are more often broken or malicious than wanted
+DEGRADATIONS = ("BI", "BD", "DN")
+
+cv2.setNumThreads(0)  # its threads do not survive a fork, as in workers; each call here is too small to gain from them
+
+Picture = NDArray[np.uint8]  # (H, W, 3), RGB
+
+
+# Files
+
+
+def read_image(path: str | os.PathLike) -> Picture:
+    """Read an image file as RGB uint8 (H, W, 3), whatever it holds.
+
+    Gray and palette become RGB, 16 bits are rounded to 8, alpha is dropped, EXIF's orientation is applied by neither the
+    training sets' authors nor here. Any path that the system allows is read, also a non-ASCII one.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is empty, cut off, no image, or has more than `MAX_PIXELS`. The message names the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    data = path.read_bytes()
+    if not data:
+        raise ValueError(f"{path}: the file is empty; copy or download it again")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
+            with Image.open(io.BytesIO(data)) as image:
+                return _to_rgb(image, data)
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not an image that can be read here; known are {', '.join(IMAGE_SUFFIXES)}") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path}: more than {MAX_PIXELS:,} pixels; cut it into parts") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise for broken data
+        raise ValueError(f"{path}: the image is damaged or cut off ({error}); copy or download it again") from None
+
+
+def write_image(path: str | os.PathLike, image: Picture) -> None:
+    """Write RGB uint8 (H, W, 3) in the format that the name's ending says; folders are made, and no half file is left.
+
+    Raises:
+        ValueError: not such an image, or an unknown ending.
+    """
+    path = Path(path)
+    _check_image(image, "image")
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"{path}: unknown ending {path.suffix!r}; known are {', '.join(IMAGE_SUFFIXES)}")
+    done, encoded = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    assert done
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(encoded.tobytes())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def list_images(folder: str | os.PathLike) -> list[Path]:
+    """The image files of `folder`, sorted by name; hidden files and other endings are passed over."""
+    files = (file for file in Path(folder).iterdir() if not file.name.startswith("."))
+    return sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+
+
+def image_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(height, width) from the file's header alone, without decoding.
+
+    Raises:
+        ValueError: the file is empty or no image. The message names it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return image.height, image.width
+    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError):
+        read_image(path)  # says what is wrong with it
+        raise AssertionError(f"{path}: the header can't be read, but the image can") from None
+
+
+def _to_rgb(image: Image.Image, data: bytes) -> Picture:
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError
+    image.load()
+    if image.mode.startswith(("I", "F")) or _has_16_bits(data):  # Pillow would cut 16-bit colour, or clip it
+        return _round_to_uint8(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED))
+    return np.array(image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else image.convert("RGB"))
+
+
+def _has_16_bits(data: bytes) -> bool:
+    return data.startswith(b"\x89PNG\r\n\x1a\n") and data[24] == 16  # IHDR: length, name, width, height, bit depth
+
+
+def _round_to_uint8(deep: NDArray | None) -> Picture:
+    if deep is None or deep.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"samples of type {None if deep is None else deep.dtype} are not 8 or 16 bits")
+    shallow = deep if deep.dtype == np.uint8 else np.round(deep / 257).astype(np.uint8)  # 65535 / 255
+    if shallow.ndim == 2:
+        return cv2.cvtColor(shallow, cv2.COLOR_GRAY2RGB)
+    return np.ascontiguousarray(shallow[:, :, 2::-1])
+
+
+# MATLAB's bicubic
+
+
+def imresize(image: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:
+    """MATLAB's `imresize(image, scale, 'bicubic')`, bit for bit.
+
+    The size becomes ceil(size * scale). Cubic kernel with a = -0.5, widened when shrinking (antialiasing); taps outside
+    the image take the edge pixel; rows first, then columns, each pass rounded to uint8.
+
+    Args:
+        image: uint8, (H, W) or (H, W, C).
+        scale: greater than 0; 1/4 makes LR images for x4.
+
+    Raises:
+        ValueError: another type or shape, or a scale that is not positive.
+    """
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or not image.size:
+        raise ValueError(f"image is {image.dtype} {image.shape}; imresize needs uint8, (H, W) or (H, W, C), not empty")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale={scale} must be a positive number")
+    rows = _resize_first_axis(image, scale)
+    return np.ascontiguousarray(_resize_first_axis(rows.swapaxes(0, 1), scale).swapaxes(0, 1))
+
+
+def _resize_first_axis(image: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:
+    weights = _bicubic_weights(image.shape[0], scale)
+    lines = image.reshape(image.shape[0], -1)
+    resized = np.empty((weights.shape[0], lines.shape[1]), np.uint8)
+    for start in range(0, lines.shape[1], _STRIP):
+        strip = slice(start, start + _STRIP)
+        values = weights @ lines[:, strip].astype(np.float64)  # taps are added in their order, as MATLAB does
+        values += 0.5
+        np.clip(values, 0, 255, out=values)  # 255 + 0.5 is cut to 255, as it would be by rounding first
+        resized[:, strip] = values  # to uint8: drops the fraction, so that halves went up
+    return resized.reshape(-1, *image.shape[1:])
+
+
+_STRIP = 256  # columns at a time, so that float64 copies stay in the cache
+
+
+@lru_cache(maxsize=256)
+def _bicubic_weights(size: int, scale: float) -> sparse.csr_array:
+    """(ceil(size * scale), size): each output pixel as a weighted sum of input pixels."""
+    new_size = math.ceil(size * scale)
+    support = 4 / min(scale, 1.0)
+    taps = math.ceil(support) + 2
+    centres = np.arange(1, new_size + 1) / scale + 0.5 * (1 - 1 / scale)  # in input pixels, from 1
+    positions = np.floor(centres - support / 2)[:, None] + np.arange(taps)  # (new_size, taps)
+    weights = _cubic((centres[:, None] - positions) * min(scale, 1.0))
+    weights /= weights.sum(1, keepdims=True)
+    columns = np.clip(positions - 1, 0, size - 1).astype(np.int32)
+    keep = weights != 0
+    ends = np.concatenate(([0], keep.sum(1).cumsum()))
+    return sparse.csr_array((weights[keep], columns[keep], ends), shape=(new_size, size))
+
+
+def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Keys' kernel with a = -0.5 (Keys 1981, equation 15)."""
+    x = np.abs(x)
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return np.where(x <= 1, near, np.where(x <= 2, far, 0.0))
+
+
+# Degradations
+
+
+def degrade(gt: Picture, upscale_factor: int, degradation: str = "BI", seed: int = 0) -> Picture:
+    """Make the LR image that the paper's protocol gives to the network (RCAN, section 4.1).
+
+    "BI" is MATLAB's bicubic. "BD" blurs with a Gaussian of sigma 1.6, rounds, and takes every scale-th pixel.
+    "DN" is BI with Gaussian noise of sigma 30 of 255, drawn from `seed`.
+
+    Args:
+        gt: uint8 (H, W, 3); H and W multiples of `upscale_factor` (see `crop_to_multiple`).
+
+    Raises:
+        ValueError: another size, or an unknown degradation.
+    """
+    _check_image(gt, "gt")
+    height, width = gt.shape[:2]
+    if height % upscale_factor or width % upscale_factor:
+        raise ValueError(f"gt is {width}x{height}, not a multiple of upscale_factor={upscale_factor}; crop it first")
+    if degradation == "BI":
+        return imresize(gt, 1 / upscale_factor)
+    if degradation == "BD":
+        return _blur(gt, upscale_factor)[(upscale_factor - 1) // 2 :: upscale_factor, (upscale_factor - 1) // 2 :: upscale_factor].copy()
+    if degradation == "DN":
+        lr = imresize(gt, 1 / upscale_factor)
+        noise = np.random.default_rng(seed).normal(0, 30, lr.shape)
+        return np.clip(np.floor(lr + noise + 0.5), 0, 255).astype(np.uint8)
+    raise ValueError(f"degradation={degradation!r} is unknown; known are {', '.join(DEGRADATIONS)}")
+
+
+def _blur(gt: Picture, upscale_factor: int, sigma: float = 1.6) -> Picture:
+    """Gaussian of the paper's BD: 7 wide at odd scales, 12 at even ones, where its centre lies between two pixels."""
+    width = 7 if upscale_factor % 2 else 2 * math.ceil(3 * sigma) + 2
+    offsets = np.arange(width) - (width - 1) / 2
+    kernel = np.exp(-(offsets**2) / (2 * sigma**2))
+    kernel /= kernel.sum()
+    blurred = gt.astype(np.float64)
+    for axis in (0, 1):  # an even kernel's middle tap is the left one of the two, as in MATLAB's imfilter
+        blurred = ndimage.correlate1d(blurred, kernel, axis, mode="nearest", origin=0 if width % 2 else -1)
+    return np.floor(blurred + 0.5).astype(np.uint8)
+
+
+# Crops and turns
+
+
+def crop_to_multiple(image: Picture, factor: int) -> Picture:
+    """Drop rows at the bottom and columns at the right until both sizes are multiples of `factor`."""
+    return image[: image.shape[0] // factor * factor, : image.shape[1] // factor * factor]
+
+
+def turn(image: Picture, orientation: int) -> Picture:
+    """One of the eight ways to lay a picture down: `orientation % 4` quarter turns to the left, mirrored first from 4 on."""
+    if orientation not in range(8):
+        raise ValueError(f"orientation={orientation} must be 0 to 7")
+    for operation in _TURNS[orientation]:
+        image = operation(image)
+    return image
+
+
+# OpenCV's copies are 15 times as fast as NumPy's strided ones; a mirrored quarter turn is a transposition
+_TURNS = (
+    (),
+    (partial(cv2.rotate, rotateCode=cv2.ROTATE_90_COUNTERCLOCKWISE),),
+    (partial(cv2.rotate, rotateCode=cv2.ROTATE_180),),
+    (partial(cv2.rotate, rotateCode=cv2.ROTATE_90_CLOCKWISE),),
+    (partial(cv2.flip, flipCode=1),),
+    (cv2.transpose,),
+    (partial(cv2.flip, flipCode=0),),
+    (cv2.transpose, partial(cv2.rotate, rotateCode=cv2.ROTATE_180)),
+)
+
+
+# Metrics
+
+
+def rgb_to_y(image: Picture) -> NDArray[np.float64]:
+    """MATLAB's luma, BT.601 in 16 to 235, not rounded: (H, W, 3) uint8 -> (H, W) float64."""
+    return image @ np.array([65.481, 128.553, 24.966]) / 255 + 16
+
+
+def psnr(sr: Picture, gt: Picture, border: int, only_y_channel: bool = True) -> float:
+    """Peak signal-to-noise ratio in dB, peak 255; equal images give inf.
+
+    Args:
+        sr, gt: uint8 (H, W, 3), of one size.
+        border: pixels dropped on each side; the scale, in the papers' protocol.
+        only_y_channel: of MATLAB's Y, as the papers count, or else of all three channels together.
+    """
+    difference = np.subtract(*_comparable(sr, gt, border, only_y_channel))
+    mean_square = np.mean(difference * difference)
+    return float(10 * np.log10(255**2 / mean_square)) if mean_square else math.inf
+
+
+def ssim(sr: Picture, gt: Picture, border: int, only_y_channel: bool = True) -> float:
+    """Structural similarity (Wang et al. 2004): 11x11 Gaussian of sigma 1.5, valid region only, K = (0.01, 0.03), L = 255.
+
+    Arguments as for `psnr`; without `only_y_channel`, the mean over the three channels.
+    """
+    sr_values, gt_values = _comparable(sr, gt, border, only_y_channel)
+    if min(sr_values.shape[:2]) < 11:
+        raise ValueError(f"images of {sr.shape[1]}x{sr.shape[0]} less a border of {border} are smaller than SSIM's 11x11 window")
+    sr_mean, gt_mean = _window_mean(sr_values), _window_mean(gt_values)
+    sr_variance = _window_mean(sr_values**2) - sr_mean**2
+    gt_variance = _window_mean(gt_values**2) - gt_mean**2
+    covariance = _window_mean(sr_values * gt_values) - sr_mean * gt_mean
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = (2 * sr_mean * gt_mean + c1) * (2 * covariance + c2)
+    similarity /= (sr_mean**2 + gt_mean**2 + c1) * (sr_variance + gt_variance + c2)
+    return float(similarity.mean())
+
+
+def _window_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    offsets = np.arange(-5, 6)
+    kernel = np.exp(-(offsets**2) / (2 * 1.5**2))
+    kernel /= kernel.sum()
+    return cv2.sepFilter2D(values, cv2.CV_64F, kernel, kernel)[5:-5, 5:-5]
+
+
+def _comparable(sr: Picture, gt: Picture, border: int, only_y_channel: bool) -> list[NDArray[np.float64]]:
+    for name, image in (("sr", sr), ("gt", gt)):
+        _check_image(image, name)
+    if sr.shape != gt.shape:
+        raise ValueError(f"sr is {sr.shape[1]}x{sr.shape[0]}, but gt {gt.shape[1]}x{gt.shape[0]}; they must be of one size")
+    if border < 0 or min(sr.shape[:2]) <= 2 * border:
+        raise ValueError(f"border={border} leaves nothing of an image of {sr.shape[1]}x{sr.shape[0]}")
+    inner = (slice(border, sr.shape[0] - border), slice(border, sr.shape[1] - border))
+    return [rgb_to_y(image[inner]) if only_y_channel else image[inner].astype(np.float64) for image in (sr, gt)]
+
+
+def _check_image(image: NDArray, name: str) -> None:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise ValueError(f"{name} is {image.dtype} {image.shape}; it must be uint8 (H, W, 3)")

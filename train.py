@@ -1,0 +1,470 @@
+"""Train RCAN with L1: edit config.py, then
+
+    python train.py                                     # the same command goes on where it stopped
+    torchrun --nproc_per_node 4 train.py                # four GPUs; batch_size is that of all together
+
+The run lies in results/<exp_name>: last.pth.tar, best.pth.tar, config.json, log.jsonl, TensorBoard's events, samples/.
+This is the only training loop; what one update does is a `Step`, here `PixelStep`.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import dataset
+import imgproc
+import losses
+import model
+import utils
+import weights
+from config import Config, parse
+from utils import Runtime
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    if not train(parse(Config, "train", argv), PixelStep):
+        sys.exit(130)
+
+
+class Step(Protocol):
+    """Owns networks and optimizers, and performs one update."""
+
+    generator: nn.Module  # the network to evaluate; never wrapped
+
+    def __call__(self, lr: Tensor, gt: Tensor) -> dict[str, Tensor]:
+        """Update from lr (n, 3, h, w) and gt (n, 3, H, W) in [0, 1]; the terms of the loss by name, detached scalars."""
+
+    def parts(self) -> dict[str, Any]:
+        """Everything with a state, by the name it has in a checkpoint."""
+
+    def check(self) -> None:
+        """Raise ValueError if the run can't go on; called at each report."""
+
+
+class PixelStep:
+    """One update with L1 (the paper's equation 2): forward, backward, clipping, Adam, learning rate.
+
+    An update whose gradient is not finite changes nothing and is counted as skipped. Nothing here waits for the device.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime, precision: str) -> None:
+        self.config = config
+        self.device = runtime.device
+        self.dtype = utils.PRECISIONS[precision]
+        self.generator = build_generator(config).to(runtime.device)
+        self.forward = parallel(self.generator, runtime)
+        self.criterion = losses.L1Loss()
+        self.optimizer, self.scheduler = build_optimizer(self.generator, config)
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=precision == "fp16")
+        self.skipped_in_a_row = torch.zeros((), device=runtime.device)
+
+    def __call__(self, lr: Tensor, gt: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            sr = self.forward(lr)  # (n, 3, H, W)
+        terms = self.criterion(sr, gt)
+        self.optimizer.zero_grad()
+        self.scaler.scale(terms["l1"]).backward()
+        norm, skipped = self._apply_gradient()
+        return {
+            **{f"loss/{name}": value.detach() for name, value in terms.items()},
+            "optimizer/gradient_norm": norm,
+            "optimizer/learning_rate": torch.tensor(self.scheduler.get_last_lr()[0]),
+            "optimizer/skipped": skipped,
+        }
+
+    def _apply_gradient(self) -> tuple[Tensor, Tensor]:
+        """Adam's update, left out on the device itself where the gradient is not finite; its norm, and 1 if left out."""
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.generator.parameters(), self.config.clip_grad_norm or math.inf)
+        skipped = (~torch.isfinite(norm)).float()
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.found_inf = skipped  # as GradScaler tells the fused Adam to leave everything as it is
+            self.optimizer.step()
+        self.scheduler.step()
+        return norm.detach(), skipped
+
+    def parts(self) -> dict[str, Any]:
+        return {"state_dict": self.generator, "optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
+
+    def check(self) -> None:
+        if self.skipped_in_a_row >= self.config.max_skipped_updates:
+            raise ValueError(
+                f"the last {int(self.skipped_in_a_row)} updates were not finite and were skipped: "
+                f"start again under another exp_name with a learning_rate below {self.config.learning_rate} or with precision='fp32'"
+            )
+
+
+def build_generator(config: Config) -> model.RCAN:
+    """The network that the settings name, in the memory layout that they ask for."""
+    network = model.ARCHITECTURES[config.model_arch_name](**config.model_arguments)
+    network = network.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+    if config.compile:
+        for group in network.trunk:  # regional: the groups are alike, so that one compilation serves all
+            group.compile()
+    return network
+
+
+def parallel(network: nn.Module, runtime: Runtime) -> Callable[..., Tensor]:
+    """The network's forward, whose gradients are averaged over all processes."""
+    if runtime.world_size == 1:
+        return network
+    device_ids = [runtime.device] if runtime.device.type == "cuda" else None
+    return DistributedDataParallel(network, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def build_optimizer(network: nn.Module, config: Config) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
+    """Adam, and its learning rate as a function of the update."""
+    optimizer = torch.optim.Adam(network.parameters(), config.learning_rate, config.adam_betas, eps=1e-8, fused=True)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: learning_rate_factor(config, update))
+
+
+def learning_rate_factor(config: Config, update: int) -> float:
+    """What `learning_rate` is multiplied by in the update after `update` others: warm-up, then steps or a cosine."""
+    rise = min(1.0, (update + 1) / (config.warmup_updates + 1))
+    if config.schedule == "cosine":
+        return rise * 0.5 * (1 + math.cos(math.pi * min(update / config.total_updates, 1)))
+    return rise * 0.5 ** (update // config.halve_every)
+
+
+# The loop
+
+
+def train(config: Config, build_step: Callable[[Config, Runtime, str], Step]) -> bool:
+    """Train as the settings say; False if the run was asked to stop before its end.
+
+    Raises:
+        ValueError, OSError: settings, data or checkpoint that don't fit; said before anything is changed.
+    """
+    runtime = utils.start_runtime()
+    say = print if runtime.is_main else _silent
+    checkpoint = find_checkpoint(config, say)
+    utils.seed_everything(config.seed)
+    validation = open_validation(config, say)
+    batches = open_training(config, runtime, say)
+    precision = checkpoint["precision"] if checkpoint else utils.choose_precision(config.precision, runtime.device)
+    step = build_step(config, runtime, precision)
+    if config.pretrained_model_path and not checkpoint:
+        say(weights.transfer(step.generator, config.pretrained_model_path))
+    run = Run(config, runtime, step, precision, validation)
+    if checkpoint:
+        run.restore(checkpoint)
+    say(describe_run(config, runtime, step.generator, precision, run.update))
+    if run.update >= config.total_updates:
+        say(f"already finished at update {run.update}; raise epochs (schedule='step'), or set another exp_name to start anew")
+        return True
+    return run.go(batches)
+
+
+class Run:
+    """A training run: what it has reached so far, and the loop."""
+
+    def __init__(
+        self, config: Config, runtime: Runtime, step: Step, precision: str, validation: Mapping[str, dataset.TestImages]
+    ) -> None:
+        self.config = config
+        self.runtime = runtime
+        self.step = step
+        self.precision = precision
+        self.validation = validation
+        self.ema = utils.EMA(step.generator, config.ema_decay)
+        self.update = 0  # how many have been done
+        self.seconds = 0.0  # spent in the loop, over all sittings
+        self.best_psnr = -math.inf
+        self.best_ssim = 0.0
+
+    def go(self, batches: dataset.TrainBatches) -> bool:
+        """Train until the end or until asked to stop; True at the end."""
+        config, first, started = self.config, self.update, time.perf_counter() - self.seconds
+        self._write_settings()
+        log = utils.RunLog(config.experiment_dir, first, config.total_updates, self.runtime.is_main)
+        log.write(first, {"event": "start", "precision": self.precision, **utils.provenance()})
+        loader = dataset.load(batches, first, config.total_updates, config.num_workers, pin_memory=self.runtime.device.type == "cuda")
+        feed = dataset.prefetch(loader, self.runtime.device, config.channels_last)
+        meter = _Meter(self.runtime)
+        stopped = False
+        with utils.StopRequest() as stop:
+            while True:
+                done = self.update >= config.total_updates
+                self.seconds = time.perf_counter() - started
+                if self.update > first and not stopped and (done or self.update % config.eval_every == 0):
+                    self.evaluate(log)
+                    meter.restart()
+                if self.update > first and (done or stopped or self.update % config.save_every == 0):
+                    self.save("last.pth.tar")
+                if done or stopped:
+                    break
+                batch = meter.timed(lambda: next(feed))
+                meter.add(self.step(batch["lr"], batch["gt"]))
+                self.update += 1
+                self.ema.update(self.step.generator, self.update)
+                log.step()
+                report_due = self.update % config.log_every == 0
+                if report_due:
+                    self.report(log, meter, time.perf_counter() - started)
+                if report_due or self.runtime.world_size == 1:
+                    stopped = self.runtime.agree(bool(stop))
+        log.close()
+        self._say_end(done)
+        return done
+
+    def report(self, log: utils.RunLog, meter: "_Meter", seconds: float) -> None:
+        """Log the means since the last report; the only place where the device is waited for."""
+        self.step.check()
+        values, not_finite = meter.take()
+        for name, count in not_finite.items():
+            log.say(f"update {self.update}: {name} was not finite in {count} of the last updates; such updates change nothing")
+        epoch = self.update / self.config.steps_per_epoch
+        values = {"epoch": epoch, "seconds": round(seconds, 1), **values, **_peak_memory(self.runtime.device)}
+        loss = sum(value for name, value in values.items() if name.startswith("loss/"))
+        best = f", best {self.best_psnr:.2f} dB" if math.isfinite(self.best_psnr) else ""
+        log.write(self.update, values, f"loss {loss:.4f}, waiting for data {values['time/waiting']:.0%}{best}")
+
+    def evaluate(self, log: utils.RunLog) -> None:
+        """Score the averaged weights; the best ones by the PSNR of the first set are kept in best.pth.tar."""
+        scores: dict[str, float] = {}
+        samples: dict[str, imgproc.Picture] = {}
+        for name, images in self.validation.items():
+            keep = _keep_samples(samples, images, self.config.upscale_factor) if not scores else None
+            found = utils.evaluate(
+                lambda lr: utils.upscale(self.ema.network, lr), images, self.config.upscale_factor, self.runtime, keep, name
+            )
+            scores |= {f"{name}/psnr": found["psnr"], f"{name}/ssim": found["ssim"]}
+        if not scores:
+            return
+        psnr, ssim, *_ = scores.values()
+        better = psnr > self.best_psnr
+        if better:
+            self.best_psnr, self.best_ssim = psnr, ssim
+            self.save("best.pth.tar")
+        log.write(self.update, {"event": "evaluation", "seconds": round(self.seconds, 1), **scores})
+        text = ", ".join(f"{name} {scores[f'{name}/psnr']:.2f} dB / {scores[f'{name}/ssim']:.4f}" for name in self.validation)
+        log.say(f"update {self.update}, {self.seconds / 60:.1f} min: {text}{' (best)' if better else ''}")
+        if samples and self.runtime.is_main:
+            sheet = np.concatenate([samples[name] for name in sorted(samples)])
+            imgproc.write_image(self.config.experiment_dir / "samples" / f"{self.update:07d}.png", sheet)
+            log.picture(self.update, "bicubic, SR, GT", sheet)
+
+    def save(self, name: str) -> None:
+        """Write a checkpoint: everything that the same command needs to go on, in plain types."""
+        if self.runtime.is_main:
+            state = {
+                "epoch": self.update // self.config.steps_per_epoch,
+                "update": self.update,
+                "seconds": self.seconds,
+                "best_psnr": self.best_psnr,
+                "best_ssim": self.best_ssim,
+                **{name: part.state_dict() for name, part in self.step.parts().items()},
+                "ema_state_dict": self.ema.network.state_dict(),
+                "arguments": self.step.generator.arguments,
+                "config": asdict(self.config),
+                "precision": self.precision,
+                "random_states": utils.random_states(),
+                "provenance": utils.provenance(),
+            }
+            utils.save_checkpoint(self.config.experiment_dir / name, state)
+        self.runtime.wait_for_all()
+
+    def restore(self, checkpoint: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint that `find_checkpoint` has accepted."""
+        for name, part in self.step.parts().items():
+            part.load_state_dict(checkpoint[name])
+        self.ema.network.load_state_dict(checkpoint["ema_state_dict"])
+        self.update, self.seconds = checkpoint["update"], checkpoint["seconds"]
+        self.best_psnr, self.best_ssim = checkpoint["best_psnr"], checkpoint["best_ssim"]
+        utils.restore_random_states(checkpoint["random_states"])
+
+    def _write_settings(self) -> None:
+        if self.runtime.is_main:
+            folder = self.config.experiment_dir
+            folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({**asdict(self.config), "provenance": utils.provenance()}, indent=2)
+            (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+    def _say_end(self, done: bool) -> None:
+        if self.runtime.is_main:
+            folder, minutes = self.config.experiment_dir.absolute(), self.seconds / 60
+            how = "finished" if done else "stopped and saved; the same command goes on from here"
+            best = f"; best {self.best_psnr:.3f} dB / {self.best_ssim:.4f} in best.pth.tar" if math.isfinite(self.best_psnr) else ""
+            print(f"{how}: update {self.update} after {minutes:.1f} min{best}\n{folder}")
+
+
+class _Meter:
+    """Means of terms since the last report, kept on the device, and where the time went."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.restart()
+
+    def restart(self) -> None:
+        self.names: list[str] = []
+        self.sums: Tensor | None = None
+        self.started = time.perf_counter()
+        self.waited = 0.0
+        self.updates = 0
+
+    def timed(self, fetch: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = fetch()
+        self.waited += time.perf_counter() - start
+        return result
+
+    def add(self, terms: Mapping[str, Tensor]) -> None:
+        self.names = list(terms)
+        values = torch.stack([value.to(self.runtime.device, torch.float32) for value in terms.values()])
+        finite = torch.isfinite(values)
+        both = torch.stack((torch.where(finite, values, 0), finite.float()))  # (2, terms)
+        self.sums = both if self.sums is None else self.sums + both
+        self.updates += 1
+
+    def take(self) -> tuple[dict[str, float], dict[str, int]]:
+        """The mean of each term over its finite values and all processes, and how often a term was not finite."""
+        assert self.sums is not None
+        if self.runtime.world_size > 1:
+            torch.distributed.all_reduce(self.sums)
+        sums, counts = self.sums.tolist()
+        means = {name: total / count if count else math.nan for name, total, count in zip(self.names, sums, counts, strict=True)}
+        expected = self.updates * self.runtime.world_size
+        not_finite = {name: expected - int(count) for name, count in zip(self.names, counts, strict=True) if count < expected}
+        passed = time.perf_counter() - self.started
+        means |= {"time/updates_per_second": self.updates / passed, "time/waiting": self.waited / passed}
+        self.restart()
+        return means, not_finite
+
+
+# Before the loop
+
+
+# What may differ when a run is resumed: where things lie, what is reported, and what only other scripts use
+_FREE_TO_CHANGE = {
+    "mode", "results_dir", "exp_name", "resume", "start_epoch", "data_root", "cache_dir", "num_workers", "pretrained_model_path",
+    "log_every", "eval_every", "save_every", "max_skipped_updates", "compile", "channels_last",
+    "valid_sets", "test_sets", "model_path", "self_ensemble", "save_images",
+}  # fmt: skip
+
+
+def find_checkpoint(config: Config, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """The checkpoint to go on from, or None for a new run.
+
+    Raises:
+        FileNotFoundError: `resume` names a file that is not there.
+        ValueError: the checkpoint contradicts the settings, or lacks what resuming needs.
+    """
+    last = config.experiment_dir / "last.pth.tar"
+    if config.resume == "never" and last.exists():
+        raise ValueError(f"{last}: this run exists, and resume='never': set resume='auto' to go on with it, or another exp_name")
+    path = last if config.resume in ("auto", "never") else Path(config.resume)
+    if not path.exists() and config.resume in ("auto", "never"):
+        if config.start_epoch:
+            raise ValueError(f"start_epoch={config.start_epoch}, but there is no {last} to go on from: set start_epoch=0")
+        return None
+    if last.exists() and path.resolve().parent != last.resolve().parent:
+        raise ValueError(f"resume={config.resume!r} would overwrite the run in {last.parent}: set another exp_name")
+    checkpoint = weights.read(path)
+    _check_checkpoint(config, checkpoint, path)
+    say(f"going on from {path.absolute()}: update {checkpoint['update']}, epoch {checkpoint['epoch']}")
+    return checkpoint
+
+
+def _check_checkpoint(config: Config, checkpoint: Any, path: Path) -> None:
+    needed = ("state_dict", "ema_state_dict", "optimizer", "scheduler", "scaler", "update", "epoch", "config", "random_states")
+    missing = [name for name in needed if not isinstance(checkpoint, Mapping) or name not in checkpoint]
+    if missing:
+        raise ValueError(f"{path}: can't be resumed, lacking {', '.join(missing)}; to start from its weights, set pretrained_model_path")
+    if config.start_epoch not in (0, checkpoint["epoch"]):
+        raise ValueError(f"start_epoch={config.start_epoch}, but {path} stopped in epoch {checkpoint['epoch']}: set start_epoch=0")
+    before, now = checkpoint["config"], asdict(config)
+    free = _FREE_TO_CHANGE | ({"epochs"} if config.schedule == "step" else set())
+    free |= {"precision"} if config.precision == "auto" else set()
+    changed = [name for name in now if name not in free and before.get(name) != now[name]]
+    if changed:
+        differences = "; ".join(f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in changed)
+        raise ValueError(f"{path}: the run was started with other settings ({differences}): set them back, or set another exp_name")
+
+
+def open_validation(config: Config, say: Callable[[str], None]) -> dict[str, dataset.TestImages]:
+    """The sets to score during training, each checked and described."""
+    images = {}
+    for name in config.valid_sets:
+        pairs = dataset.find_pairs(Path(config.data_root) / name, config.upscale_factor, config.degradation)
+        dataset.gt_sizes(pairs, config.upscale_factor)
+        say(dataset.describe_pairs("valid", name, pairs))
+        images[Path(name).name] = dataset.TestImages(pairs, config.upscale_factor, config.degradation)
+    return images
+
+
+def open_training(config: Config, runtime: Runtime, say: Callable[[str], None]) -> dataset.TrainBatches:
+    """The training sets, checked and described, decoded into the store by the main process if they are not yet."""
+    sets = {}
+    for name in config.train_sets:
+        sets[name] = dataset.find_pairs(Path(config.data_root) / name, config.upscale_factor, config.degradation)
+        say(dataset.describe_pairs("train", name, sets[name]))
+    pairs = [pair for members in sets.values() for pair in members]
+    sizes = dataset.gt_sizes(pairs, config.upscale_factor)
+    usable = dataset.fit_to_patch(pairs, sizes, config.gt_patch_size, config.small_images)
+    if len(usable) < len(pairs):
+        say(f"skipping {len(pairs) - len(usable)} of {len(pairs)} training images, smaller than a GT patch of {config.gt_patch_size}")
+    if runtime.is_main:
+        dataset.PairStore.open_or_build(sets, config.upscale_factor, config.degradation, config.cache_dir)
+    runtime.wait_for_all()
+    store = dataset.PairStore.open_or_build(sets, config.upscale_factor, config.degradation, config.cache_dir, progress=False)
+    return dataset.TrainBatches(
+        store, config.batch_size, config.lr_patch_size, config.seed, usable=usable, rank=runtime.rank, world_size=runtime.world_size
+    )
+
+
+def describe_run(config: Config, runtime: Runtime, network: nn.Module, precision: str, update: int) -> str:
+    """The resolved settings, as they are also stored, and what runs where."""
+    size = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    settings = ", ".join(f"{name}={value!r}" for name, value in asdict(config).items())
+    about = ", ".join(f"{name} {value}" for name, value in utils.provenance().items())
+    return (
+        f"settings: {settings}\n{about}\n"
+        f"{config.model_arch_name}: {size:.2f} M parameters, {precision}, on {runtime.device} in {runtime.world_size} process(es), "
+        f"updates {update} to {config.total_updates} of {config.batch_size} patches, GT {config.gt_patch_size}, LR {config.lr_patch_size}"
+    )
+
+
+def _keep_samples(samples: dict[str, imgproc.Picture], images: dataset.TestImages, scale: int) -> Callable[..., None]:
+    """Collect the middle of the first three pictures: bicubic, SR and GT side by side."""
+    names = [pair.name for pair in images.pairs[:3]]
+
+    def keep(name: str, lr: imgproc.Picture, sr: imgproc.Picture, gt: imgproc.Picture) -> None:
+        if name in names:
+            samples[name] = np.concatenate([_middle(image) for image in (imgproc.imresize(lr, scale), sr, gt)], axis=1)
+
+    return keep
+
+
+def _middle(image: imgproc.Picture, side: int = 128) -> imgproc.Picture:
+    """The middle, black where the picture is smaller."""
+    height, width = min(side, image.shape[0]), min(side, image.shape[1])
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    canvas = np.zeros((side, side, 3), np.uint8)
+    canvas[:height, :width] = image[top : top + height, left : left + width]
+    return canvas
+
+
+def _peak_memory(device: torch.device) -> dict[str, float]:
+    return {"memory/peak_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
+
+
+def _silent(_text: str) -> None:
+    """What processes other than the main one say."""
+
+
+if __name__ == "__main__":
+    utils.run(main)

@@ -1,0 +1,374 @@
+"""Running: devices and processes, seeds, averaged weights, checkpoints, the run log, and evaluation."""
+
+import contextlib
+import copy
+import json
+import math
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import imgproc
+
+REPOSITORY = Path(__file__).resolve().parent
+
+
+# Entry points
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's main; a mistake of the user's ends in one sentence and exit code 1, a mistake of ours in a traceback."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        innermost = traceback.extract_tb(error.__traceback__)[-1].filename
+        if isinstance(error, ValueError) and Path(innermost).resolve().parent not in (REPOSITORY, REPOSITORY / "scripts"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+class StopRequest:
+    """Becomes true at Ctrl-C or SIGTERM, so that a run can save itself; the second Ctrl-C ends it at once.
+
+    Signals reach the main thread only; elsewhere, as under a test runner's threads, it stays false.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        with contextlib.suppress(ValueError):  # not the main thread
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __bool__(self) -> bool:
+        return self.requested
+
+    def _request(self, number: int, _frame: object) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+# Devices and processes
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process runs, and which of how many it is."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wait_for_all(self) -> None:
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    def agree(self, flag: bool) -> bool:
+        """True on all processes as soon as it is on one."""
+        if self.world_size == 1:
+            return bool(flag)
+        value = torch.tensor(int(flag), device=self.device)
+        torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+        return bool(value.item())
+
+
+def start_runtime() -> Runtime:
+    """The device and process group of this process: torchrun's environment decides, else the first GPU, else the CPU."""
+    local_rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if world_size > 1 and not torch.distributed.is_initialized():
+        fast = device.type == "cuda" and torch.distributed.is_nccl_available()
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if fast else "gloo")
+    return Runtime(device, int(os.environ.get("RANK", 0)), world_size)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch; batches don't depend on it, as they are a function of (seed, update)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """fp32, bf16 or fp16; for "auto", bf16 where the device computes it faster than fp32, else fp32."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    cpu = Path("/proc/cpuinfo")  # elsewhere than on Linux nothing says it, and fp32 is safe
+    flags = cpu.read_text(encoding="utf-8", errors="replace") if cpu.is_file() else ""
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+
+
+# Averaged weights
+
+
+class EMA:
+    """Exponential moving average of a network's weights: average * decay + new * (1 - decay).
+
+    The decay rises from 2/11 with (1 + update) / (10 + update), so that the first random weights are soon forgotten.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, update: int) -> None:
+        """Take in the weights after the update number `update`, counted from 1; buffers are copied."""
+        decay = min(self.decay, (1 + update) / (10 + update))
+        for average, new in zip(self.network.parameters(), network.parameters(), strict=True):
+            average.lerp_(new, 1 - decay)
+        for average, new in zip(self.network.buffers(), network.buffers(), strict=True):
+            average.copy_(new)
+
+
+# Upscaling and evaluation
+
+
+@torch.inference_mode()
+def upscale(network: nn.Module, lr: imgproc.Picture, self_ensemble: bool = False) -> imgproc.Picture:
+    """Upscale uint8 (h, w, 3) to uint8 (scale h, scale w, 3), in fp32 and in one piece.
+
+    Args:
+        self_ensemble: the mean over the eight turns of the picture (RCAN+).
+
+    Raises:
+        ValueError: the network's output is not finite.
+    """
+    device = next(network.parameters()).device
+    pixels = torch.from_numpy(np.ascontiguousarray(lr)).to(device).permute(2, 0, 1)[None].to(torch.float32) / 255  # (1, 3, h, w)
+    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
+    with exact:
+        sr = _mean_over_turns(network, pixels) if self_ensemble else network(pixels)
+    if not torch.isfinite(sr).all():
+        raise ValueError(f"the network's output for a picture of {lr.shape[1]}x{lr.shape[0]} is not finite; are its weights damaged?")
+    return sr[0].float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+
+def _mean_over_turns(network: nn.Module, pixels: Tensor) -> Tensor:
+    total = 0
+    for orientation in range(8):
+        turned = torch.rot90(pixels.flip(3) if orientation >= 4 else pixels, orientation % 4, (2, 3))
+        back = torch.rot90(network(turned), -(orientation % 4), (2, 3))
+        total = total + (back.flip(3) if orientation >= 4 else back)
+    return total / 8
+
+
+Scores = dict[str, Any]  # {"psnr": dB, "ssim": 0..1, "images": {name: {"psnr": …, "ssim": …}}}
+
+
+def evaluate(
+    upscaler: Callable[[imgproc.Picture], imgproc.Picture],
+    images: Sequence[tuple[str, imgproc.Picture, imgproc.Picture]],
+    upscale_factor: int,
+    runtime: Runtime,
+    on_image: Callable[[str, imgproc.Picture, imgproc.Picture, imgproc.Picture], None] | None = None,
+    progress: str = "",
+) -> Scores:
+    """PSNR and SSIM by the papers' protocol: on uint8, MATLAB's Y, `upscale_factor` pixels off each border, mean over images.
+
+    Args:
+        upscaler: lr -> sr, uint8 (H, W, 3).
+        images: `images[i]` is (name, lr, gt); each process takes every world_size-th, and all get all scores.
+        on_image: called with (name, lr, sr, gt) after each image, in the process that made it.
+        progress: a label for a progress bar, or none.
+    """
+    mine = range(runtime.rank, len(images), runtime.world_size)
+    scores = {}
+    for index in tqdm(mine, progress, unit="image", leave=False, disable=not (progress and runtime.is_main)):
+        name, lr, gt = images[index]
+        sr = upscaler(lr)
+        scores[name] = {
+            "psnr": imgproc.psnr(sr, gt, upscale_factor),
+            "ssim": imgproc.ssim(sr, gt, upscale_factor),
+        }
+        if on_image:
+            on_image(name, lr, sr, gt)
+    if runtime.world_size > 1:
+        parts: list[Any] = [None] * runtime.world_size
+        torch.distributed.all_gather_object(parts, scores)
+        scores = {name: score for part in parts for name, score in part.items()}
+    scores = dict(sorted(scores.items()))
+    return {**{metric: float(np.mean([score[metric] for score in scores.values()])) for metric in ("psnr", "ssim")}, "images": scores}
+
+
+PROTOCOL = "PSNR in dB and SSIM on Y of YCbCr, {scale} border pixels dropped, pictures as written (uint8)"
+
+
+# Checkpoints
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint whole or not at all: temporary file, fsync, rename.
+
+    Raises:
+        ValueError: a tensor in it is not finite; nothing is written then.
+    """
+    for name, tensor in _tensors(state):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: not written, as {name} is not finite; an older file of this name is untouched")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, member in value.items():
+            yield from _tensors(member, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for index, member in enumerate(value):
+            yield from _tensors(member, f"{name}.{index}")
+
+
+def random_states() -> dict[str, Any]:
+    """The states of all random generators, as plain types."""
+    version, internal, gauss = random.getstate()
+    numpy_state = np.random.get_state()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [numpy_state[0], torch.from_numpy(numpy_state[1].astype(np.int64)), *numpy_state[2:]],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """Continue where `random_states` was called."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+# The run log
+
+
+def provenance() -> dict[str, str]:
+    """The command, the commit and the versions that made a result."""
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a plain str, which weights_only=True reads
+        "numpy": np.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def _commit() -> str:
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+class RunLog:
+    """What a run says: a progress bar, a JSON line a report in log.jsonl, and TensorBoard; only in the main process.
+
+    Opening it at update N drops what an interrupted run has logged after N, as that is done again.
+    """
+
+    def __init__(self, folder: Path, update: int, total_updates: int, enabled: bool = True) -> None:
+        self.enabled = enabled
+        if not enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "log.jsonl"
+        _keep_lines_until(self._path, update)
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._board = SummaryWriter(str(folder), purge_step=update + 1)
+        self._bar = tqdm(total=total_updates, initial=update, unit="update", dynamic_ncols=True, smoothing=0.05)
+
+    def step(self) -> None:
+        if self.enabled:
+            self._bar.update()
+
+    def write(self, update: int, values: Mapping[str, Any], shown: str = "") -> None:
+        """One report: a line in the file, numbers to TensorBoard, `shown` beside the progress bar."""
+        if not self.enabled:
+            return
+        self._file.write(json.dumps({"update": update, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                self._board.add_scalar(name, value, update)
+        if shown:
+            self._bar.set_postfix_str(shown)
+
+    def picture(self, update: int, name: str, image: imgproc.Picture) -> None:
+        if self.enabled:
+            self._board.add_image(name, image, update, dataformats="HWC")
+
+    def say(self, text: str) -> None:
+        if self.enabled:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        if self.enabled:
+            self._bar.close()
+            self._board.close()
+            self._file.close()
+
+
+def _keep_lines_until(path: Path, update: int) -> None:
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["update"] <= update]
+        if kept != lines:
+            part = path.with_name(f".{path.name}.part")
+            part.write_text("".join(kept), encoding="utf-8")
+            os.replace(part, path)
