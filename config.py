@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 ModelName = Literal[
     "rcan_x2", "rcan_x3", "rcan_x4", "rcan_x8",
@@ -162,9 +162,7 @@ def parse(settings: type[Settings], mode: Literal["train", "test"], argv: Sequen
     """
     import tyro  # only here, so that importing the settings stays cheap
 
-    config = tyro.cli(
-        settings, args=argv, use_underscores=True, config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
-    )
+    config = tyro.cli(settings, args=argv, use_underscores=True, config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands))
     if config.mode is not None and {"valid": "test"}.get(config.mode, config.mode) != mode:
         raise ValueError(f"mode={config.mode!r} contradicts this script, which can only {mode}: leave mode at None, or run another script")
     return config
@@ -191,7 +189,7 @@ def _check_types(config: Config) -> None:
 def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return any(value == choice and type(value) is type(choice) for choice in get_args(hint))
-    if get_origin(hint) is UnionType:
+    if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, choice) for choice in get_args(hint))
     if get_origin(hint) is tuple:
         kinds = get_args(hint)

@@ -244,6 +244,7 @@ class PairStore:
                 return store
             if progress:
                 tqdm.write(f"{folder}: {problem}; building it again")
+            store._maps.clear()  # they show the old files
         _build(store, pairs, expected, progress)
         return store
 

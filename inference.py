@@ -1,7 +1,7 @@
 """Upscale your own pictures; no originals are needed:
 
-    python inference.py --model_path results/rcan_x4/best.pth.tar --input photo.jpg --output upscaled
-    python inference.py --input photos --output upscaled                # the light network that comes with this repository
+python inference.py --model_path results/rcan_x4/best.pth.tar --input photo.jpg --output upscaled
+python inference.py --input photos --output upscaled                # the light network that comes with this repository
 """
 
 from collections.abc import Sequence

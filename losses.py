@@ -1,6 +1,6 @@
 """Criteria: tensors in, a dict of named terms out.
 
-    terms = losses.L1Loss()(sr, gt)        # {"l1": scalar}
+terms = losses.L1Loss()(sr, gt)        # {"l1": scalar}
 """
 
 from torch import Tensor, nn

@@ -172,9 +172,7 @@ def train(config: Config, build_step: Callable[[Config, Runtime, str], Step]) ->
 class Run:
     """A training run: what it has reached so far, and the loop."""
 
-    def __init__(
-        self, config: Config, runtime: Runtime, step: Step, precision: str, validation: Mapping[str, dataset.TestImages]
-    ) -> None:
+    def __init__(self, config: Config, runtime: Runtime, step: Step, precision: str, validation: Mapping[str, dataset.TestImages]) -> None:
         self.config = config
         self.runtime = runtime
         self.step = step

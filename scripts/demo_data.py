@@ -1,0 +1,54 @@
+"""Lay out the photographs that come with scikit-image as a small data set:
+
+python scripts/demo_data.py --output data        # data/DemoTrain/GT/*.png and data/DemoTest/GT/*.png
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import skimage.data
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import imgproc
+import utils
+
+TEST_PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")
+TRAIN_PHOTOGRAPHS = (
+    "brick", "camera", "coins", "grass", "gravel", "hubble_deep_field", "immunohistochemistry", "moon", "page", "retina", "rocket", "text",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    output: str = "data"  # the folder for the two sets, DemoTrain and DemoTest
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write both sets; pictures that are there already stay as they are."""
+    config = tyro.cli(DemoConfig, args=argv, use_underscores=True)
+    pictures = {f"DemoTest/GT/{name}.png": _photograph(name) for name in TEST_PHOTOGRAPHS}
+    pictures |= {f"DemoTrain/GT/{name}.png": _photograph(name) for name in TRAIN_PHOTOGRAPHS}
+    left, right, _ = skimage.data.stereo_motorcycle()
+    pictures |= {"DemoTrain/GT/motorcycle_left.png": left, "DemoTrain/GT/motorcycle_right.png": right}
+    for name, picture in pictures.items():
+        path = Path(config.output) / name
+        if not path.exists():
+            imgproc.write_image(path, _as_rgb(picture))
+    print(f"{len(pictures)} photographs of scikit-image in {Path(config.output).absolute()}: DemoTrain and DemoTest")
+
+
+def _photograph(name: str) -> np.ndarray:
+    return getattr(skimage.data, name)()
+
+
+def _as_rgb(picture: np.ndarray) -> imgproc.Picture:
+    return np.ascontiguousarray(np.repeat(picture[:, :, None], 3, 2) if picture.ndim == 2 else picture[:, :, :3])
+
+
+if __name__ == "__main__":
+    utils.run(main)

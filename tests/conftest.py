@@ -1,0 +1,24 @@
+"""What every test gets: real data where there is some, and the same seed."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder with Set5, T91 …; tests that ask for it are skipped where there is none."""
+    for folder in filter(None, (os.environ.get("RCAN_DATA"), REPOSITORY / "data", REPOSITORY.parent / "shared" / "data")):
+        if (Path(folder) / "Set5" / "GT").is_dir():
+            return Path(folder)
+    pytest.skip("no Set5/GT in $RCAN_DATA, data/ or ../shared/data")
+
+
+@pytest.fixture(autouse=True)
+def _few_threads():
+    torch.set_num_threads(2)
+    torch.manual_seed(0)

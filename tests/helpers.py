@@ -1,0 +1,39 @@
+"""Small drawn pictures and tiny networks for the tests."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import imgproc
+import model
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TINY = {"channels": 8, "reduction": 4, "num_rg": 2, "num_rcab": 2}
+
+
+def drawn_picture(height: int, width: int, seed: int = 0) -> imgproc.Picture:
+    """A smooth picture with edges, another one for each seed."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width][..., None]
+    phase, fx, fy = random.uniform(0, 6, 3), random.uniform(0.02, 0.4, 3), random.uniform(0.02, 0.4, 3)
+    waves = np.sin(fx * x + fy * y + phase) * 60 + 128
+    edges = 50 * ((x * random.uniform(0.5, 2) + y) // random.integers(7, 19) % 2)
+    return np.clip(waves + edges, 0, 255).astype(np.uint8)
+
+
+def noise_picture(height: int, width: int, seed: int = 0) -> imgproc.Picture:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def write_set(folder: Path, sizes, seed: int = 0) -> Path:
+    """A set of drawn pictures of these (height, width), named a, b, c …"""
+    for index, (height, width) in enumerate(sizes):
+        imgproc.write_image(folder / "GT" / f"{chr(97 + index)}.png", drawn_picture(height, width, seed + index))
+    return folder
+
+
+def tiny(upscale_factor: int = 2, attention: str = "channel", **changes) -> model.RCAN:
+    """A small network with random weights that matter: attention and mean differ from neutral."""
+    torch.manual_seed(upscale_factor)
+    return model.RCAN(upscale_factor, **{**TINY, **changes}, attention=attention, mean=(0.4, 0.5, 0.6)).eval()

@@ -1,0 +1,209 @@
+"""As a user: train.py, test.py and inference.py as commands, on small pictures; and every mistake in one sentence."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from pytest import approx
+
+import imgproc
+import weights
+from helpers import REPOSITORY, drawn_picture, noise_picture, tiny, write_set
+
+SMALL = ["--channels", "8", "--reduction", "4", "--num_rg", "1", "--num_rcab", "2"]
+
+
+def command(script, *arguments, cwd, **environment):
+    """Run a script of this repository as a person would."""
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / script), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "2", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def train_arguments(scale, *more):
+    return [
+        *("--model_arch_name", f"rcan_x{scale}", "--upscale_factor", scale, "--exp_name", "run", *SMALL, "--train_sets", "Train"),
+        *(
+            "--valid_sets",
+            "Valid",
+            "--epochs",
+            2,
+            "--steps_per_epoch",
+            10,
+            "--batch_size",
+            4,
+            "--lr_patch_size",
+            8,
+            "--learning_rate",
+            1e-3,
+        ),
+        *("--log_every", 5, "--eval_every", 10, "--save_every", 10, "--num_workers", 1, *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder in which a run at x3 was trained by the command."""
+    folder = tmp_path_factory.mktemp("place")
+    write_set(folder / "data" / "Train", [(40, 50), (64, 37)])
+    write_set(folder / "data" / "Valid", [(45, 50), (97, 131)], seed=5)
+    done = command("train.py", *train_arguments(3), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "finished: update 20" in done.stdout
+    assert str(folder / "results" / "run") in done.stdout
+    return folder
+
+
+def test_the_same_command_again_has_nothing_to_do(place):
+    done = command("train.py", *train_arguments(3), cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "already finished at update 20" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def tested(place):
+    # no word about the network's size: the file alone says it
+    done = command("test.py", "--model_path", "results/run/best.pth.tar", "--exp_name", "run", "--test_sets", "Valid", cwd=place)
+    assert done.returncode == 0, done.stderr
+    return place / "results" / "run" / "test", done.stdout
+
+
+def test_training_and_testing_give_the_same_score(place, tested):
+    metrics = json.loads((tested[0] / "metrics.json").read_text())
+    assert metrics["Valid"]["psnr"] == approx(weights.read(place / "results/run/best.pth.tar")["best_psnr"], abs=1e-6)
+
+
+def test_the_scores_are_those_of_the_written_pictures(place, tested):
+    folder, said = tested
+    metrics = json.loads((folder / "metrics.json").read_text())["Valid"]
+    assert list(metrics["images"]) == ["a", "b"]
+    for name, score in metrics["images"].items():
+        gt = imgproc.crop_to_multiple(imgproc.read_image(place / "data" / "Valid" / "GT" / f"{name}.png"), 3)
+        sr = imgproc.read_image(folder / "Valid" / f"{name}.png")
+        assert score == {"psnr": imgproc.psnr(sr, gt, 3), "ssim": imgproc.ssim(sr, gt, 3)}
+        bicubic = imgproc.imresize(imgproc.degrade(gt, 3), 3)
+        assert metrics["bicubic"]["images"][name]["psnr"] == imgproc.psnr(bicubic, gt, 3)
+    assert metrics["psnr"] == approx(np.mean([score["psnr"] for score in metrics["images"].values()]), abs=1e-12)
+    assert f"{metrics['psnr']:.3f} / {metrics['ssim']:.4f}" in said
+    assert "on Y of YCbCr, 3 border pixels dropped" in said
+    assert "no self-ensemble" in said
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [(row["image"], float(row["psnr"])) for row in rows] == [
+        *((name, score["psnr"]) for name, score in metrics["images"].items()),
+        ("mean", metrics["psnr"]),
+    ]
+
+
+def test_self_ensemble_is_said_and_differs(place, tested):
+    arguments = ["--model_path", "results/run/best.pth.tar", "--exp_name", "plus", "--test_sets", "Valid", "--self_ensemble", "True"]
+    done = command("test.py", *arguments, "--save_images", "False", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "self-ensemble of 8" in done.stdout
+    plus = json.loads((place / "results/plus/test/metrics.json").read_text())["Valid"]["psnr"]
+    assert plus != json.loads((tested[0] / "metrics.json").read_text())["Valid"]["psnr"]
+    assert not (place / "results/plus/test/Valid").exists()
+
+
+def test_inference_gives_exactly_the_scale_for_any_size(place, tmp_path):
+    sizes = {"dot": (1, 1), "line": (1, 9), "bild ü": (13, 20)}
+    for name, size in sizes.items():
+        imgproc.write_image(tmp_path / "in" / f"{name}.png", noise_picture(*size))
+    imgproc.write_image(tmp_path / "in" / "photo.JPG", drawn_picture(10, 12))
+    (tmp_path / "in" / ".DS_Store").write_bytes(b"x")
+    done = command("inference.py", "--model_path", place / "results/run/best.pth.tar", "--input", "in", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name, (height, width) in {**sizes, "photo": (10, 12)}.items():
+        path = tmp_path / "out" / f"{name}.png"
+        assert imgproc.read_image(path).shape == (3 * height, 3 * width, 3)
+        assert str(path) in done.stdout
+    assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+def test_inference_of_one_file_equals_test(place, tested, tmp_path):
+    gt = imgproc.crop_to_multiple(imgproc.read_image(place / "data/Valid/GT/a.png"), 3)
+    imgproc.write_image(tmp_path / "a.png", imgproc.degrade(gt, 3))
+    done = command("inference.py", "--model_path", place / "results/run/best.pth.tar", "--input", "a.png", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (imgproc.read_image(tmp_path / "out/a.png") == imgproc.read_image(tested[0] / "Valid/a.png")).all()
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+def test_other_scales_train_and_test(tmp_path, scale):
+    write_set(tmp_path / "data" / "Train", [(97, 131)])
+    write_set(tmp_path / "data" / "Valid", [(97, 131)], seed=5)
+    arguments = ["--epochs", "1", "--steps_per_epoch", "2", "--batch_size", "2", "--model_arch_name", f"rcan_cbam_x{scale}"]
+    done = command("train.py", *train_arguments(scale, *arguments), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = command("test.py", "--model_path", "results/run/best.pth.tar", "--exp_name", "run", "--test_sets", "Valid", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = (97 // scale * scale, 131 // scale * scale, 3)
+    assert imgproc.read_image(tmp_path / "results/run/test/Valid/a.png").shape == expected
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_run_that_is_told_to_stop_saves_itself(place, tmp_path):
+    arguments = train_arguments(3, "--epochs", "10000", "--data_root", place / "data", "--cache_dir", place / ".cache")
+    process = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "train.py"), *map(str, arguments)],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = tmp_path / "results/run/log.jsonl"
+    for _ in range(600):
+        if log.is_file() and len(log.read_text().splitlines()) > 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped and saved; the same command goes on from here" in out
+    assert weights.read(tmp_path / "results/run/last.pth.tar")["update"] > 0
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "code", "message"),
+    [
+        ("train.py", ["--data_root", "nowhere"], 1, "nowhere/Set5: no such folder; put the originals into"),
+        ("train.py", ["--model_arch_name", "rcan_x2"], None, "contradicts upscale_factor=4"),
+        ("train.py", ["--mode", "test"], 1, "mode='test' contradicts this script"),
+        ("train.py", ["--epoch", "3"], 2, "--epochs"),
+        ("test.py", ["--model_path", "gone.pth"], 1, "gone.pth: no such weights; train them with train.py, or give the path"),
+        ("test.py", ["--model_path", "notes.txt"], 1, "notes.txt: not a file of weights that can be read safely"),
+        ("test.py", ["--model_path", "w.pth", "--test_sets", "Set77"], 1, "data/Set77: no such folder"),
+        ("test.py", ["--model_path", "w.pth", "--test_sets", "Broken"], 1, "b.png: the image is damaged or cut off"),
+        ("test.py", ["--model_path", "w.pth", "--test_sets"], 1, "test_sets is empty"),
+        ("inference.py", ["--model_path", "w.pth", "--input", "gone.png"], 1, "gone.png: no such file or folder"),
+        ("inference.py", ["--model_path", "w.pth", "--input", "."], 1, "no picture in it"),
+        ("inference.py", ["--model_path", "w.pth", "--input", "data/Broken/GT/b.png"], 1, "b.png: the image is damaged or cut off"),
+        ("inference.py", ["--model_path", "w.pth"], 2, "--input"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_not_success(tmp_path, script, arguments, code, message):
+    weights.export(tiny(2), tmp_path / "w.pth")
+    (tmp_path / "notes.txt").write_text("notes")
+    write_set(tmp_path / "data" / "Broken", [(64, 64), (64, 64)])
+    data = (tmp_path / "data/Broken/GT/b.png").read_bytes()
+    (tmp_path / "data/Broken/GT/b.png").write_bytes(data[: len(data) // 2])
+    done = command(script, *arguments, cwd=tmp_path)
+    assert done.returncode == code if code else done.returncode in (1, 2)
+    said = " ".join(done.stderr.replace("│", " ").split())
+    assert message in said
+    assert "Traceback" not in said
+    if code == 1:
+        assert done.stderr.strip().splitlines()[-1].startswith("error: ")

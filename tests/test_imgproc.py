@@ -1,0 +1,314 @@
+"""Pixels: values that others published or that a hand can compute, laws, and every bad file."""
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+from pytest import approx
+from skimage.metrics import structural_similarity
+
+import imgproc
+from helpers import drawn_picture, noise_picture
+from imgproc import degrade, imresize, psnr, read_image, ssim, turn, write_image
+
+
+def gray(value: int, height: int = 16, width: int = 20) -> imgproc.Picture:
+    return np.full((height, width, 3), value, np.uint8)
+
+
+# MATLAB's bicubic
+
+
+def naive_imresize(image, scale):
+    """FACTS about MATLAB's imresize, a loop a sentence; slow."""
+
+    def kernel(x):
+        x = abs(x)
+        return 1.5 * x**3 - 2.5 * x**2 + 1 if x <= 1 else -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x <= 2 else 0.0
+
+    def lines(image):
+        size, support, squeeze = len(image), 4 / min(scale, 1), min(scale, 1)
+        result = []
+        for i in range(1, math.ceil(size * scale) + 1):
+            u = i / scale + 0.5 * (1 - 1 / scale)
+            left = math.floor(u - support / 2)
+            taps = range(left, left + math.ceil(support) + 2)
+            weights = np.array([kernel(squeeze * (u - tap)) for tap in taps])
+            rows = np.stack([image[min(max(tap, 1), size) - 1].astype(float) for tap in taps], -1)
+            result.append(np.clip(np.floor(rows @ (weights / weights.sum()) + 0.5), 0, 255).astype(np.uint8))
+        return np.stack(result)
+
+    return lines(lines(image).swapaxes(0, 1)).swapaxes(0, 1)
+
+
+@pytest.mark.parametrize("scale", [1 / 2, 1 / 3, 1 / 4, 1 / 8, 1, 2, 3, 4, 8, 0.7])
+def test_imresize_equals_its_definition(scale):
+    for image in (noise_picture(13, 17), noise_picture(3, 2), drawn_picture(31, 24)):
+        assert abs(imresize(image, scale).astype(int) - naive_imresize(image, scale)).max() <= (0 if scale in (0.5, 0.25, 2, 4) else 1)
+        assert (imresize(image, scale) != naive_imresize(image, scale)).mean() < 1e-3  # ties of thirds may fall either way
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_lr_images_equal_those_made_by_matlab(data_root, scale):
+    files = imgproc.list_images(data_root / "Set5" / f"LRbicx{scale}_matlab")
+    assert len(files) == 5
+    for file in files:
+        gt = imgproc.crop_to_multiple(read_image(data_root / "Set5" / "GT" / file.name), scale)
+        assert (degrade(gt, scale) != read_image(file)).sum() == 0
+
+
+@pytest.mark.parametrize("scale", [1 / 4, 1 / 3, 3, 8])
+def test_imresize_leaves_a_constant_alone(scale):
+    assert (imresize(gray(137), scale) == 137).all()
+
+
+def test_imresize_gives_sizes_rounded_up_and_takes_one_channel():
+    assert imresize(gray(1, 10, 7), 1 / 3).shape == (4, 3, 3)
+    image = noise_picture(9, 8)
+    assert (imresize(image[:, :, 0], 2) == imresize(image, 2)[:, :, 0]).all()
+
+
+@pytest.mark.parametrize(("image", "scale"), [(gray(1) / 1, 2), (gray(1)[:0], 2), (gray(1), 0), (gray(1), -1), (gray(1), math.inf)])
+def test_imresize_refuses_what_it_cannot_do(image, scale):
+    with pytest.raises(ValueError, match=r"uint8|positive"):
+        imresize(image, scale)
+
+
+# Degradations
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_bd_samples_the_middle_of_each_block(scale):
+    """A blur leaves a ramp as it is, so that each LR pixel is the ramp at the middle of its block."""
+    gt = np.repeat(np.arange(48, dtype=np.uint8)[None, :, None] * 4, 48, 0).repeat(3, 2)
+    middle = {2: 0.5, 3: 1, 4: 1.5}[scale]
+    expected = 4 * (np.arange(48 // scale) * scale + middle)
+    inner = slice(math.ceil(7 / scale), -math.ceil(7 / scale))
+    for lr in (degrade(gt, scale, "BD"), degrade(gt.swapaxes(0, 1).copy(), scale, "BD").swapaxes(0, 1)):
+        assert (lr[:, inner] == expected[inner, None]).all()
+
+
+def test_bd_at_x3_of_one_bright_pixel():
+    gt = gray(0, 27, 27)
+    gt[13, 13] = 255  # the middle of the block (4, 4)
+    weights = np.exp(-(np.arange(-3, 4) ** 2) / (2 * 1.6**2))
+    weights /= weights.sum()
+    lr = degrade(gt, 3, "BD")
+    assert lr[4, 4, 0] == round(255 * weights[3] ** 2)
+    assert lr[4, 5, 0] == round(255 * weights[3] * weights[0])
+    assert lr[4, 6, 0] == 0
+
+
+def test_dn_is_bicubic_and_noise_of_30():
+    gt = gray(128, 400, 400)
+    lr = degrade(gt, 2, "DN", seed=1)
+    assert lr.mean() == approx(128, abs=0.5)
+    assert lr.std() == approx(30, rel=0.02)
+    assert (lr == degrade(gt, 2, "DN", seed=1)).all()
+    assert (lr != degrade(gt, 2, "DN", seed=2)).any()
+
+
+def test_degrade_refuses_odd_sizes_and_unknown_names():
+    with pytest.raises(ValueError, match="20x16, not a multiple of upscale_factor=3"):
+        degrade(gray(0), 3)
+    with pytest.raises(ValueError, match="'XX' is unknown; known are BI, BD, DN"):
+        degrade(gray(0), 2, "XX")
+
+
+# Metrics
+
+
+def test_psnr_of_a_constant_offset():  # 20 log10(255 / 5)
+    assert psnr(gray(100), gray(105), border=0, only_y_channel=False) == approx(34.1514, abs=1e-4)
+
+
+def test_psnr_of_equal_images_is_infinite():
+    assert psnr(gray(7), gray(7), border=2) == math.inf
+
+
+def test_y_of_white_black_and_red():  # BT.601 in 16 … 235
+    assert imgproc.rgb_to_y(gray(255))[0, 0] == approx(235)
+    assert imgproc.rgb_to_y(gray(0))[0, 0] == 16
+    assert imgproc.rgb_to_y(np.array([[[255, 0, 0]]], np.uint8))[0, 0] == approx(16 + 65.481)
+
+
+def test_psnr_on_y_of_a_constant_offset():  # gray levels count 219/255 on Y
+    assert psnr(gray(100), gray(105), border=0) == approx(20 * math.log10(255 / (5 * 219 / 255)), abs=1e-9)
+
+
+def test_the_border_does_not_count():
+    sr = gray(50)
+    sr[:4], sr[-4:], sr[:, :4], sr[:, -4:] = 0, 255, 0, 255
+    assert psnr(sr, gray(50), border=4) == math.inf
+    assert psnr(sr, gray(50), border=3) < 30
+
+
+@pytest.mark.parametrize("only_y_channel", [True, False])
+def test_ssim_equals_scikit_image(only_y_channel):
+    gt = drawn_picture(60, 47)
+    sr = np.clip(gt + np.random.default_rng(0).normal(0, 12, gt.shape), 0, 255).astype(np.uint8)
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+    if only_y_channel:
+        expected = structural_similarity(*(imgproc.rgb_to_y(image)[2:-2, 2:-2] for image in (sr, gt)), **options)
+    else:
+        expected = structural_similarity(sr[2:-2, 2:-2].astype(float), gt[2:-2, 2:-2].astype(float), channel_axis=2, **options)
+    assert ssim(sr, gt, 2, only_y_channel) == approx(expected, abs=1e-9)
+    assert ssim(gt, gt, 2, only_y_channel) == approx(1)
+
+
+@pytest.mark.data
+def test_official_pictures_score_what_the_paper_says(data_root):
+    scores = []
+    for file in imgproc.list_images(data_root / "Set5" / "SRx4_rcan_official"):
+        gt = imgproc.crop_to_multiple(read_image(data_root / "Set5" / "GT" / file.name), 4)
+        scores.append((psnr(read_image(file), gt, 4), ssim(read_image(file), gt, 4)))
+    assert np.mean(scores, 0).round(4).tolist() == approx([32.63, 0.9002], abs=0.005)
+    assert f"{np.mean(scores, 0)[0]:.2f} {np.mean(scores, 0)[1]:.4f}" == "32.63 0.9002"
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(("scale", "published"), [(2, 33.66), (3, 30.39), (4, 28.42), (8, 24.40)])
+def test_bicubic_scores_what_is_published(data_root, scale, published):
+    gts = [imgproc.crop_to_multiple(read_image(file), scale) for file in imgproc.list_images(data_root / "Set5" / "GT")]
+    assert np.mean([psnr(imresize(degrade(gt, scale), scale), gt, scale) for gt in gts]) == approx(published, abs=0.02)
+
+
+def test_metrics_refuse_what_does_not_compare():
+    with pytest.raises(ValueError, match="sr is 20x16, but gt 20x17"):
+        psnr(gray(0), gray(0, 17, 20), 0)
+    with pytest.raises(ValueError, match="leaves nothing"):
+        psnr(gray(0), gray(0), 8)
+    with pytest.raises(ValueError, match="11x11"):
+        ssim(gray(0), gray(0), 4)
+    with pytest.raises(ValueError, match="sr is float64"):
+        psnr(gray(0) / 255, gray(0), 0)
+
+
+# Turns
+
+
+def test_turns_are_numpys():
+    image = noise_picture(5, 7)
+    for orientation in range(8):
+        mirrored = image[:, ::-1] if orientation >= 4 else image
+        assert (turn(image, orientation) == np.rot90(mirrored, orientation % 4)).all()
+
+
+def test_four_quarter_turns_change_nothing():
+    image = noise_picture(5, 5)
+    turned = image
+    for _ in range(4):
+        turned = turn(turned, 1)
+    assert (turned == image).all()
+    assert len({turn(image, orientation).tobytes() for orientation in range(8)}) == 8
+    with pytest.raises(ValueError, match="0 to 7"):
+        turn(image, 8)
+
+
+# Files
+
+
+def saved(path, mode):
+    """Write a 6 x 5 picture in a mode of Pillow's, and what it should be read as."""
+    rgb, level = noise_picture(5, 6), noise_picture(5, 6)[:, :, 0]
+    three = np.repeat(level[:, :, None], 3, 2)
+    if mode == "I;16":
+        Image.fromarray(level.astype(np.uint16) * 257).save(path)
+        return three
+    if mode == "P":
+        palette = Image.fromarray(rgb).quantize(8)
+        palette.save(path)
+        return np.array(palette.convert("RGB"))
+    if mode == "1":
+        Image.fromarray(level > 127).save(path)
+        return (three > 127).astype(np.uint8) * 255
+    image = {"L": level, "LA": np.stack((level, level // 2), 2), "RGB": rgb, "RGBA": np.dstack((rgb, level))}[mode]
+    Image.fromarray(image).save(path)
+    return three if mode in ("L", "LA") else rgb
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "1", "I;16"])
+def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, suffix):
+    path = tmp_path / f"picture{suffix}"
+    expected = saved(path, mode)
+    found = read_image(path)
+    assert found.dtype == np.uint8
+    assert (found == expected).all()
+    assert imgproc.image_size(path) == (5, 6)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_16_bit_colour_is_rounded(tmp_path, channels):
+    import cv2
+
+    deep = np.random.default_rng(0).integers(0, 65536, (5, 6, channels), dtype=np.uint16)
+    cv2.imwrite(str(tmp_path / "deep.png"), deep)
+    expected = np.floor(deep[:, :, 2::-1] / 257 + 0.5).astype(np.uint8)
+    assert (read_image(tmp_path / "deep.png") == expected).all()
+
+
+def test_cmyk_jpeg_becomes_rgb(tmp_path):
+    Image.fromarray(gray(200)).convert("CMYK").save(tmp_path / "print.jpg")
+    assert abs(read_image(tmp_path / "print.jpg").astype(int) - 200).max() <= 2
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".PNG"])
+def test_what_was_written_is_read_again(tmp_path, suffix):
+    path = tmp_path / "neuer Ordner" / f"画像 ü{suffix}"
+    image = noise_picture(7, 9)
+    write_image(path, image)
+    assert (read_image(path) == image).all()
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_nothing_is_left_of_a_picture_that_cannot_be_written(tmp_path):
+    with pytest.raises(ValueError, match=r"unknown ending '.xyz'"):
+        write_image(tmp_path / "a.xyz", gray(0))
+    with pytest.raises(ValueError, match="float64"):
+        write_image(tmp_path / "a.png", gray(0) / 255)
+    assert not list(tmp_path.iterdir())
+
+
+def broken_files(folder):
+    write_image(folder / "whole.png", noise_picture(64, 64))
+    Image.fromarray(noise_picture(64, 64)).save(folder / "whole.jpg")
+    whole = (folder / "whole.png").read_bytes(), (folder / "whole.jpg").read_bytes()
+    return {
+        "empty.png": b"",
+        "cut.png": whole[0][: len(whole[0]) // 2],
+        "cut.jpg": whole[1][: len(whole[1]) // 2],
+        "header.png": whole[0][:20],
+        "text.png": b"no picture at all",
+        "flipped.png": whole[0][:2000] + bytes([whole[0][2000] ^ 255]) + whole[0][2001:],
+    }
+
+
+@pytest.mark.parametrize("name", ["empty.png", "cut.png", "cut.jpg", "header.png", "text.png", "flipped.png"])
+def test_a_broken_file_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(broken_files(tmp_path)[name])
+    with pytest.raises(ValueError, match=f"{name}: ") as error:
+        read_image(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    for path in (tmp_path / "nothing.png", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"{path.name}: no such file"):
+            read_image(path)
+
+
+def test_too_many_pixels_are_refused_before_decoding(tmp_path, monkeypatch):
+    write_image(tmp_path / "large.png", gray(0, 20, 20))
+    monkeypatch.setattr(imgproc, "MAX_PIXELS", 399)
+    with pytest.raises(ValueError, match=r"large\.png: more than 399 pixels"):
+        read_image(tmp_path / "large.png")
+
+
+def test_hidden_and_other_files_are_passed_over(tmp_path):
+    for name in (".DS_Store", "Thumbs.db", "._a.png", "notes.txt", "b.JPG", "a.png"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "folder.png").mkdir()
+    assert [file.name for file in imgproc.list_images(tmp_path)] == ["a.png", "b.JPG"]

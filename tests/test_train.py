@@ -1,0 +1,405 @@
+"""Training: resume bit for bit, updates that are skipped, learning rates, and what is refused before it starts."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from pytest import approx
+
+import train
+import utils
+import weights
+from config import Config
+from helpers import REPOSITORY, TINY, tiny, write_set
+
+CPU = utils.Runtime(torch.device("cpu"))
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Settings of a run of six updates on small pictures, and a way to change some."""
+    write_set(tmp_path / "data" / "Train", [(24, 30), (40, 26), (33, 33)])
+    write_set(tmp_path / "data" / "Valid", [(32, 36), (28, 30)], seed=9)
+
+    def make(**changes):
+        return Config(
+            **{
+                **TINY, "model_arch_name": "rcan_x2", "upscale_factor": 2, "exp_name": "run",
+                "results_dir": str(tmp_path / "results"), "data_root": str(tmp_path / "data"), "cache_dir": str(tmp_path / "cache"),
+                "train_sets": ("Train",), "valid_sets": ("Valid",),
+                "epochs": 3, "steps_per_epoch": 2, "batch_size": 4, "lr_patch_size": 10, "num_workers": 0, "learning_rate": 1e-3,
+                "precision": "fp32", "log_every": 1, "eval_every": 2, "save_every": 3, **changes,
+            }
+        )  # fmt: skip
+
+    return make
+
+
+def stop_after(monkeypatch, updates):
+    """Ask the run to stop, as Ctrl-C does, after so many updates of this sitting."""
+    call, done = train.PixelStep.__call__, []
+
+    def counted(self, lr, gt):
+        done.append(1)
+        if len(done) == updates:
+            os.kill(os.getpid(), signal.SIGINT)
+        return call(self, lr, gt)
+
+    monkeypatch.setattr(train.PixelStep, "__call__", counted)
+
+
+def tensors(value, name=""):
+    if isinstance(value, dict):
+        return {key: tensor for part, member in value.items() for key, tensor in tensors(member, f"{name}/{part}").items()}
+    if isinstance(value, list | tuple):
+        return tensors(dict(enumerate(value)), name)
+    return {name: value}
+
+
+TIMES = ("/seconds", "/provenance", "/random_states/cuda")
+
+
+def same(one, other):
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def same_checkpoints(first, second):
+    """The names of all tensors and numbers that differ in two files, but for times and commands."""
+    first, second = (tensors(weights.read(path)) for path in (first, second))
+    assert first.keys() == second.keys()
+    names = [name for name in first if not name.startswith((*TIMES, "/config/exp_name"))]
+    return [name for name in names if not same(first[name], second[name])]
+
+
+def log_lines(config):
+    """What a run has logged, without its starts and times."""
+    lines = [json.loads(line) for line in (config.experiment_dir / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line.get("event") != "start"]
+    return [{name: value for name, value in line.items() if not name.startswith(("time/", "seconds"))} for line in lines]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"schedule": "cosine", "warmup_updates": 4, "num_workers": 2}, {"halve_every": 2, "ema_decay": 0.5}]
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_six_updates_equal_three_then_resume_then_three(settings, monkeypatch, precision, changes):
+    changes = {**changes, "precision": precision}
+    whole, parted = settings(exp_name="whole", **changes), settings(exp_name="parted", **changes)
+    assert train.train(whole, train.PixelStep)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert not train.train(parted, train.PixelStep)
+    assert weights.read(parted.experiment_dir / "last.pth.tar")["update"] == 3
+    assert train.train(parted, train.PixelStep)
+    for name in ("last.pth.tar", "best.pth.tar"):
+        assert same_checkpoints(whole.experiment_dir / name, parted.experiment_dir / name) == []
+    assert log_lines(whole) == log_lines(parted)
+
+
+def test_workers_and_a_second_run_change_nothing(settings):
+    first, second, other = settings(exp_name="a"), settings(exp_name="b", num_workers=2), settings(exp_name="c", seed=1)
+    for config in (first, second, other):
+        train.train(config, train.PixelStep)
+    found = same_checkpoints(first.experiment_dir / "last.pth.tar", second.experiment_dir / "last.pth.tar")
+    assert found == ["/config/num_workers"]
+    assert log_lines(first) == log_lines(second)
+    assert log_lines(first) != log_lines(other)
+
+
+def test_a_finished_run_is_left_alone(settings, capsys):
+    config = settings()
+    train.train(config, train.PixelStep)
+    before = {path: path.stat().st_mtime_ns for path in config.experiment_dir.rglob("*")}
+    assert train.train(config, train.PixelStep)
+    assert "already finished at update 6" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in config.experiment_dir.rglob("*")} == before
+    assert train.train(settings(epochs=4), train.PixelStep)  # with the step schedule, more epochs go on
+    assert weights.read(config.experiment_dir / "last.pth.tar")["update"] == 8
+
+
+def test_what_the_run_leaves(settings):
+    config = settings(valid_sets=("Valid", "Train"))
+    train.train(config, train.PixelStep)
+    left = {path.name for path in config.experiment_dir.iterdir()}
+    assert {"last.pth.tar", "best.pth.tar", "config.json", "log.jsonl", "samples"} < left
+    assert any(name.startswith("events") for name in left)
+    assert [path.name for path in sorted((config.experiment_dir / "samples").iterdir())] == ["0000002.png", "0000004.png", "0000006.png"]
+    checkpoint = weights.read(config.experiment_dir / "best.pth.tar")
+    assert checkpoint.keys() >= {"epoch", "best_psnr", "best_ssim", "state_dict", "ema_state_dict", "optimizer", "scheduler"}
+    assert checkpoint["config"]["batch_size"] == 4
+    evaluations = [line for line in log_lines(config) if line.get("event") == "evaluation"]
+    assert [line["update"] for line in evaluations] == [2, 4, 6]
+    assert checkpoint["best_psnr"] == max(line["Valid/psnr"] for line in evaluations)
+    assert evaluations[0].keys() >= {"Train/psnr", "Train/ssim", "Valid/ssim"}
+    assert json.loads((config.experiment_dir / "config.json").read_text())["batch_size"] == 4
+    reports = [line for line in log_lines(config) if "loss/l1" in line]
+    assert [line["update"] for line in reports] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_averaged_weights_are_scored_and_saved(settings):
+    config = settings(ema_decay=0.9)
+    train.train(config, train.PixelStep)
+    checkpoint = weights.read(config.experiment_dir / "last.pth.tar")
+    assert not torch.equal(checkpoint["state_dict"]["conv1.weight"], checkpoint["ema_state_dict"]["conv1.weight"])
+    network = weights.load(config.experiment_dir / "last.pth.tar")
+    assert torch.equal(network.conv1.weight, checkpoint["ema_state_dict"]["conv1.weight"])
+    images = train.open_validation(config, lambda _: None)["Valid"]
+    scores = utils.evaluate(lambda lr: utils.upscale(network, lr), images, 2, CPU)
+    assert log_lines(config)[-1]["Valid/psnr"] == approx(scores["psnr"], abs=1e-6)
+
+
+def test_training_learns(settings):
+    config = settings(epochs=60, eval_every=120, save_every=120, log_every=20, learning_rate=3e-3)
+    train.train(config, train.PixelStep)
+    losses = [line["loss/l1"] for line in log_lines(config) if "loss/l1" in line]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# One update
+
+
+def batch(seed=0):
+    torch.manual_seed(seed)
+    return torch.rand(2, 3, 10, 10), torch.rand(2, 3, 20, 20)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_an_update_that_is_not_finite_changes_nothing(settings, precision):
+    step = train.PixelStep(settings(), CPU, precision)
+    step(*batch())
+    before = {name: value.clone() for name, value in tensors([step.generator.state_dict(), step.optimizer.state_dict()["state"]]).items()}
+    lr, gt = batch(1)
+    terms = step(lr.index_fill(0, torch.tensor([0]), math.nan), gt)
+    assert terms["optimizer/skipped"] == 1
+    assert not torch.isfinite(terms["loss/l1"])
+    after = tensors([step.generator.state_dict(), step.optimizer.state_dict()["state"]])
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert step(*batch(2))["optimizer/skipped"] == 0
+    assert not torch.equal(step.generator.conv1.weight, before["/0/conv1.weight"])
+
+
+def test_the_log_names_the_term_and_stays_finite(settings, monkeypatch, capsys):
+    call, calls = train.PixelStep.__call__, []
+
+    def poisoned(self, lr, gt):
+        calls.append(1)
+        return call(self, lr * math.nan if len(calls) == 2 else lr, gt)
+
+    monkeypatch.setattr(train.PixelStep, "__call__", poisoned)
+    config = settings(log_every=3)
+    assert train.train(config, train.PixelStep)
+    assert "update 3: loss/l1 was not finite in 1 of the last updates" in capsys.readouterr().out
+    reports = [line for line in log_lines(config) if "loss/l1" in line]
+    assert all(math.isfinite(line["loss/l1"]) for line in reports)
+    assert [line["optimizer/skipped"] for line in reports] == approx([1 / 3, 0])
+
+
+def test_too_many_skipped_updates_end_the_run_and_keep_the_last_good_file(settings, monkeypatch):
+    call, calls = train.PixelStep.__call__, []
+
+    def poisoned(self, lr, gt):
+        calls.append(1)
+        return call(self, lr * math.nan if len(calls) > 4 else lr, gt)
+
+    monkeypatch.setattr(train.PixelStep, "__call__", poisoned)
+    config = settings(epochs=6, max_skipped_updates=3)
+    with pytest.raises(ValueError, match=r"the last 3 updates were not finite and were skipped: .* learning_rate below 0.001"):
+        train.train(config, train.PixelStep)
+    assert weights.read(config.experiment_dir / "last.pth.tar")["update"] == 6
+
+
+def test_gradients_are_clipped(settings):
+    config = settings(clip_grad_norm=0.01)
+    step = train.PixelStep(config, CPU, "fp32")
+    norm = step(*batch())["optimizer/gradient_norm"]
+    assert norm > 0.01
+    clipped = torch.cat([parameter.grad.flatten() for parameter in step.generator.parameters()]).norm()
+    assert clipped.item() == approx(0.01, rel=1e-3)
+
+
+def test_one_update_is_adams(settings):
+    """Adam's first step moves each weight by the learning rate against its gradient's sign."""
+    step = train.PixelStep(settings(), CPU, "fp32")
+    before = step.generator.conv3.bias.clone()
+    step(*batch())
+    moved = step.generator.conv3.bias - before
+    assert moved.detach().numpy() == approx((-1e-3 * step.generator.conv3.bias.grad.sign()).numpy(), rel=1e-3)
+
+
+def test_bf16_trains_as_fp32_does(settings):
+    final = {}
+    for precision in ("fp32", "bf16"):
+        config = settings(exp_name=precision, precision=precision, epochs=40, eval_every=80, save_every=80, log_every=80)
+        train.train(config, train.PixelStep)
+        final[precision] = log_lines(config)[-1]["Valid/psnr"]
+    assert final["bf16"] == approx(final["fp32"], abs=0.3)
+
+
+def test_learning_rates(settings):
+    step = settings(halve_every=200, warmup_updates=0, epochs=500)
+    assert [train.learning_rate_factor(step, update) for update in (0, 199, 200, 399, 400)] == [1, 1, 0.5, 0.5, 0.25]
+    warm = settings(halve_every=200, warmup_updates=9)
+    assert [train.learning_rate_factor(warm, update) for update in (0, 4, 9, 10)] == approx([0.1, 0.5, 1, 1])
+    cosine = settings(schedule="cosine", epochs=50)  # 100 updates
+    factors = [train.learning_rate_factor(cosine, update) for update in (0, 25, 50, 100)]
+    assert factors == approx([1, (1 + math.sqrt(0.5)) / 2, 0.5, 0])
+
+
+def test_the_memory_layout_and_compilation_change_nothing_but_rounding(settings):
+    losses = [train.PixelStep(settings(channels_last=layout), CPU, "fp32")(*batch())["loss/l1"].item() for layout in (True, False)]
+    assert losses[0] == approx(losses[1], rel=1e-5)
+
+
+# Resuming, refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 2}, "started with other settings .batch_size was 4, is 2.: set them back, or set another exp_name"),
+        ({"learning_rate": 1e-4, "seed": 3}, "seed was 0, is 3; learning_rate was 0.001, is 0.0001"),
+        ({"schedule": "cosine", "epochs": 9}, "epochs was 3, is 9; schedule was 'step', is 'cosine'"),
+        ({"start_epoch": 2}, "start_epoch=2, but .* stopped in epoch 3: set start_epoch=0"),
+        ({"resume": "never"}, "this run exists, and resume='never'"),
+        ({"precision": "bf16"}, "precision was 'fp32', is 'bf16'"),
+    ],
+)
+def test_settings_that_contradict_the_checkpoint_are_listed(settings, changes, message):
+    config = settings()
+    train.train(config, train.PixelStep)
+    before = (config.experiment_dir / "last.pth.tar").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        train.train(settings(**changes), train.PixelStep)
+    assert (config.experiment_dir / "last.pth.tar").read_bytes() == before
+
+
+def test_settings_that_may_change_do(settings):
+    train.train(settings(), train.PixelStep)
+    assert train.train(settings(epochs=4, num_workers=2, log_every=2, eval_every=8, precision="auto", start_epoch=3), train.PixelStep)
+
+
+def test_a_run_goes_on_from_another_file_under_another_name(settings):
+    config = settings()
+    train.train(config, train.PixelStep)
+    last = config.experiment_dir / "last.pth.tar"
+    other = settings(exp_name="other", resume=str(last), epochs=4)
+    assert train.train(other, train.PixelStep)
+    assert weights.read(other.experiment_dir / "last.pth.tar")["update"] == 8
+    with pytest.raises(ValueError, match="would overwrite the run in"):
+        train.train(settings(exp_name="other", resume=str(last), epochs=4), train.PixelStep)
+
+
+@pytest.mark.parametrize("harm", ["cut", "weights only"])
+def test_a_checkpoint_that_cannot_be_resumed_is_refused_and_kept(settings, harm):
+    config = settings()
+    train.train(config, train.PixelStep)
+    last = config.experiment_dir / "last.pth.tar"
+    if harm == "cut":
+        os.truncate(last, 1000)
+        message = r"last\.pth\.tar: not a file of weights that can be read safely"
+    else:
+        weights.export(weights.load(last), last)
+        message = "can't be resumed, lacking ema_state_dict, optimizer, .*set pretrained_model_path"
+    before = last.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        train.train(config, train.PixelStep)
+    assert last.read_bytes() == before
+
+
+def test_nothing_to_resume(settings):
+    with pytest.raises(ValueError, match=r"start_epoch=2, but there is no .*last.pth.tar to go on from: set start_epoch=0"):
+        train.train(settings(start_epoch=2), train.PixelStep)
+    with pytest.raises(FileNotFoundError, match=r"gone\.pth: no such weights"):
+        train.train(settings(resume="gone.pth"), train.PixelStep)
+
+
+# Before the loop
+
+
+def test_the_preflight_says_what_will_be_used(settings, capsys, tmp_path):
+    train.train(settings(), train.PixelStep)
+    said = capsys.readouterr().out
+    assert f"valid Valid: 2 images in {tmp_path / 'data' / 'Valid' / 'GT'}, LR made exactly from the originals\n    a.png, b.png\n" in said
+    assert f"train Train: 3 images in {tmp_path / 'data' / 'Train' / 'GT'}" in said
+    assert "batch_size=4" in said
+    assert "commit " in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"train_sets": ("Gone",)}, FileNotFoundError, "Gone: no such folder; put the originals into .*GT"),
+        ({"valid_sets": ("Gone",)}, FileNotFoundError, "Gone: no such folder"),
+        ({"lr_patch_size": 13}, ValueError, r"a\.png: 30x24 is smaller than a GT patch of 26, as are 1 of 3 images"),
+        ({"pretrained_model_path": "gone.pth"}, FileNotFoundError, r"gone\.pth: no such weights"),
+        ({"channels": 9}, ValueError, "channels=9, reduction=4"),
+    ],
+)
+def test_what_cannot_start_leaves_no_run(settings, changes, error, message):
+    config = settings(**changes)
+    with pytest.raises(error, match=message):
+        train.train(config, train.PixelStep)
+    assert not config.experiment_dir.exists()
+
+
+def test_a_run_without_validation_keeps_its_last_weights(settings):
+    config = settings(valid_sets=())
+    assert train.train(config, train.PixelStep)
+    assert (config.experiment_dir / "last.pth.tar").is_file()
+    assert not (config.experiment_dir / "best.pth.tar").exists()
+
+
+def test_a_warm_start_says_what_was_taken(settings, tmp_path, capsys):
+    weights.export(tiny(4), tmp_path / "x4.pth")
+    train.train(settings(pretrained_model_path=str(tmp_path / "x4.pth"), epochs=1, learning_rate=1e-12), train.PixelStep)
+    assert "x4.pth (x4): " in capsys.readouterr().out
+    found = weights.load(settings().experiment_dir / "last.pth.tar")
+    assert found.conv2.weight.detach().numpy() == approx(tiny(4).conv2.weight.detach().numpy(), abs=1e-6)
+
+
+def test_every_part_that_has_a_state_is_in_the_checkpoint(settings):
+    step = train.PixelStep(settings(), CPU, "fp32")
+    assert step.parts().keys() == {"state_dict", "optimizer", "scheduler", "scaler"}
+
+
+# Several processes
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(settings):
+    one = settings(exp_name="one", epochs=2, valid_sets=("Valid", "Train"))
+    assert train.train(one, train.PixelStep)
+    two = settings(exp_name="two", epochs=2, valid_sets=("Valid", "Train"))
+    code = "import sys, train, utils; from config import Config; utils.run(lambda: train.train(eval(sys.argv[1]), train.PixelStep))"
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, repr(two)],
+            cwd=REPOSITORY,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    first, second = (weights.read(config.experiment_dir / "last.pth.tar") for config in (one, two))
+    for name, tensor in first["state_dict"].items():
+        assert second["state_dict"][name].numpy() == approx(tensor.numpy(), abs=1e-6), name
+    scores = [[line for line in log_lines(config) if line.get("event") == "evaluation"][-1] for config in (one, two)]
+    assert scores[0] == approx({**scores[1], "event": "evaluation"}, abs=1e-3) or all(
+        scores[0][name] == approx(scores[1][name], abs=1e-3) for name in scores[0] if name != "event"
+    )

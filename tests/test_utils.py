@@ -1,0 +1,224 @@
+"""Running: averaged weights, upscaling, scores, checkpoints, the log, and how mistakes end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from pytest import approx
+from torch import nn
+
+import imgproc
+import utils
+from helpers import REPOSITORY, drawn_picture, tiny
+from utils import EMA, Runtime
+
+CPU = Runtime(torch.device("cpu"))
+
+
+# Averaged weights
+
+
+def one_weight(value):
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(layer.weight, value)
+    return layer
+
+
+def test_ema_by_hand():
+    """Decay 0.5 once 2/11 and 3/12 are passed: 0 -> 9/11 of 1 -> …"""
+    ema = EMA(one_weight(0.0), decay=0.25)
+    ema.update(one_weight(1.0), update=1)  # 2/11 of 0 and 9/11 of 1
+    assert ema.network.weight.item() == approx(9 / 11)
+    ema.update(one_weight(3.0), update=8)  # min(0.25, 9/18) of 9/11 and the rest of 3
+    assert ema.network.weight.item() == approx(0.25 * 9 / 11 + 0.75 * 3)
+
+
+def test_ema_of_many_updates_is_mostly_the_old():
+    ema = EMA(one_weight(1.0), decay=0.999)
+    ema.update(one_weight(2.0), update=10**6)
+    assert ema.network.weight.item() == approx(1.001)
+
+
+def test_ema_copies_buffers_and_is_a_network_of_its_own():
+    network = tiny()
+    ema = EMA(network, decay=0.9)
+    network.mean.fill_(0.25)
+    before = [parameter.clone() for parameter in network.parameters()]
+    ema.update(network, 5)
+    assert (ema.network.mean == 0.25).all()
+    assert all(torch.equal(*pair) for pair in zip(before, network.parameters(), strict=True))
+    assert not ema.network.training
+    assert not any(parameter.requires_grad for parameter in ema.network.parameters())
+
+
+def test_without_averaging_the_newest_weights_are_taken():
+    ema = EMA(one_weight(0.0), decay=0)
+    ema.update(one_weight(0.7), 1)
+    assert ema.network.weight.item() == approx(0.7)
+
+
+# Upscaling and scores
+
+
+class Enlarge(nn.Module):
+    """Nearest neighbour, plus a constant."""
+
+    def __init__(self, offset=0.0, factor=2):
+        super().__init__()
+        self.offset = nn.Parameter(torch.tensor(offset))
+        self.factor = factor
+
+    def forward(self, x):
+        return nn.functional.interpolate(x, scale_factor=self.factor) + self.offset
+
+
+@pytest.mark.parametrize("self_ensemble", [False, True])
+def test_upscale_rounds_and_clips(self_ensemble):
+    lr = drawn_picture(5, 7)
+    blocks = lr.repeat(2, 0).repeat(2, 1)
+    before = lr.copy()
+    assert (utils.upscale(Enlarge(), lr, self_ensemble) == blocks).all()
+    assert (utils.upscale(Enlarge(0.4 / 255), lr, self_ensemble) == blocks).all()
+    assert (utils.upscale(Enlarge(0.6 / 255), lr, self_ensemble) == np.minimum(blocks, 254) + 1).all()
+    assert (utils.upscale(Enlarge(2.0), lr, self_ensemble) == 255).all()
+    assert (utils.upscale(Enlarge(-2.0), lr, self_ensemble) == 0).all()
+    assert (lr == before).all()
+
+
+def test_self_ensemble_does_not_care_how_the_picture_lies():
+    network, lr = tiny(2), drawn_picture(9, 7)
+    upright = utils.upscale(network, lr, self_ensemble=True).astype(int)
+    plain = utils.upscale(network, lr)
+    assert (upright != plain).any()
+    for orientation in range(8):
+        turned = utils.upscale(network, imgproc.turn(lr, orientation), self_ensemble=True)
+        assert abs(imgproc.turn(upright.astype(np.uint8), orientation).astype(int) - turned).max() <= 1
+
+
+def test_output_that_is_not_finite_never_becomes_a_picture():
+    with pytest.raises(ValueError, match="picture of 7x5 is not finite"):
+        utils.upscale(Enlarge(float("nan")), drawn_picture(5, 7))
+
+
+def test_evaluate_means_over_pictures():
+    gts = [drawn_picture(40, 44, seed) for seed in range(3)]
+    images = [(name, imgproc.degrade(gt, 2), gt) for name, gt in zip("cab", gts, strict=True)]
+    seen = []
+    scores = utils.evaluate(lambda lr: imgproc.imresize(lr, 2), images, 2, CPU, lambda name, lr, sr, gt: seen.append((name, sr)))
+    assert list(scores["images"]) == ["a", "b", "c"]
+    expected = {name: imgproc.psnr(imgproc.imresize(lr, 2), gt, 2) for name, lr, gt in images}
+    assert {name: score["psnr"] for name, score in scores["images"].items()} == expected
+    assert scores["psnr"] == approx(sum(expected.values()) / 3, abs=1e-12)
+    assert scores["ssim"] == approx(np.mean([imgproc.ssim(sr, gt, 2) for (_, sr), gt in zip(seen, gts, strict=True)]))
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_comes_back(tmp_path):
+    state = {"update": 3, "weights": {"a": torch.arange(4.0)}, "list": [1.5, "x", torch.ones(2, dtype=torch.long)]}
+    utils.save_checkpoint(tmp_path / "folder" / "last.pth.tar", state)
+    found = torch.load(tmp_path / "folder" / "last.pth.tar", weights_only=True)
+    assert found["update"] == 3
+    assert torch.equal(found["weights"]["a"], torch.arange(4.0))
+    assert [file.name for file in (tmp_path / "folder").iterdir()] == ["last.pth.tar"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_checkpoint_that_is_not_finite_is_never_written(tmp_path, bad):
+    utils.save_checkpoint(tmp_path / "last.pth.tar", {"a": torch.zeros(2)})
+    with pytest.raises(ValueError, match=r"last\.pth\.tar: not written, as part\.weights\.0 is not finite"):
+        utils.save_checkpoint(tmp_path / "last.pth.tar", {"part": {"weights": [torch.tensor([1.0, bad])]}})
+    assert torch.load(tmp_path / "last.pth.tar", weights_only=True)["a"].sum() == 0
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
+    utils.save_checkpoint(tmp_path / "last.pth.tar", {"update": 1})
+
+    def full_disk(_state, file):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        utils.save_checkpoint(tmp_path / "last.pth.tar", {"update": 2})
+    assert torch.load(tmp_path / "last.pth.tar", weights_only=True) == {"update": 1}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_random_states_continue():
+    import random
+
+    def draw():
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    utils.seed_everything(5)
+    first = draw()
+    states = utils.random_states()
+    after = draw()
+    utils.restore_random_states(states)
+    assert draw() == after
+    utils.seed_everything(5)
+    assert draw() == first
+
+
+# The log
+
+
+def test_the_log_drops_what_is_done_again(tmp_path):
+    log = utils.RunLog(tmp_path, 0, 10)
+    for update in (2, 4, 6):
+        log.write(update, {"loss/l1": 1 / update})
+    log.close()
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"update": 7, "cut')
+    log = utils.RunLog(tmp_path, 4, 10)
+    log.write(6, {"loss/l1": 0.5})
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines == [{"update": 2, "loss/l1": 0.5}, {"update": 4, "loss/l1": 0.25}, {"update": 6, "loss/l1": 0.5}]
+
+
+def test_other_processes_log_nothing(tmp_path):
+    log = utils.RunLog(tmp_path / "run", 0, 10, enabled=False)
+    log.step()
+    log.write(1, {})
+    log.say("nothing")
+    log.close()
+    assert not (tmp_path / "run").exists()
+
+
+# How it ends
+
+
+def ends(code):
+    done = subprocess.run([sys.executable, "-c", f"import utils, imgproc\n{code}"], cwd=REPOSITORY, capture_output=True, text=True)
+    return done.returncode, done.stderr.strip().splitlines()
+
+
+def test_a_mistake_of_the_users_is_one_sentence_and_one_of_ours_a_traceback():
+    assert ends("utils.run(lambda: imgproc.read_image('gone.png'))") == (1, ["error: gone.png: no such file"])
+    code, lines = ends("utils.run(lambda: [].remove(1))")
+    assert code == 1
+    assert lines[0].startswith("Traceback")
+
+
+def test_a_stop_is_asked_for_once_and_forced_the_second_time():
+    with utils.StopRequest() as stop:
+        assert not stop
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_precision_is_as_asked_or_chosen():
+    assert utils.choose_precision("fp16", CPU.device) == "fp16"
+    assert utils.choose_precision("auto", CPU.device) in ("bf16", "fp32")
