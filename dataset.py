@@ -428,7 +428,8 @@ _ORDER, _PLACES = 0, 1  # separate streams of random numbers
 
 def load(batches: TrainBatches, first: int, last: int, num_workers: int, pin_memory: bool = False) -> DataLoader:
     """Batches of the updates `first` to `last` - 1, in order, cut by `num_workers` processes (0: by this one)."""
-    return DataLoader(batches, batch_size=None, sampler=range(first, last), num_workers=num_workers, pin_memory=pin_memory)
+    own = torch.Generator()  # else the loader draws a number from PyTorch's global one, and a resumed run would differ
+    return DataLoader(batches, None, sampler=range(first, last), num_workers=num_workers, pin_memory=pin_memory, generator=own)
 
 
 # Prefetchers: uint8 (n, h, w, 3) to float32 (n, 3, h, w) in [0, 1] on the device

@@ -188,34 +188,33 @@ class Run:
         """Train until the end or until asked to stop; True at the end."""
         config, first, started = self.config, self.update, time.perf_counter() - self.seconds
         self._write_settings()
-        log = utils.RunLog(config.experiment_dir, first, config.total_updates, self.runtime.is_main)
-        log.write(first, {"event": "start", "precision": self.precision, **utils.provenance()})
         loader = dataset.load(batches, first, config.total_updates, config.num_workers, pin_memory=self.runtime.device.type == "cuda")
         feed = dataset.prefetch(loader, self.runtime.device, config.channels_last)
         meter = _Meter(self.runtime)
         stopped = False
-        with utils.StopRequest() as stop:
+        with utils.RunLog(config.experiment_dir, first, config.total_updates, self.runtime.is_main) as log, utils.StopRequest() as stop:
+            log.write(first, {"event": "start", "precision": self.precision, **utils.provenance()})
             while True:
                 done = self.update >= config.total_updates
                 self.seconds = time.perf_counter() - started
                 if self.update > first and not stopped and (done or self.update % config.eval_every == 0):
                     self.evaluate(log)
-                    meter.restart()
                 if self.update > first and (done or stopped or self.update % config.save_every == 0):
                     self.save("last.pth.tar")
                 if done or stopped:
                     break
+                meter.resume()
                 batch = meter.timed(lambda: next(feed))
                 meter.add(self.step(batch["lr"], batch["gt"]))
                 self.update += 1
                 self.ema.update(self.step.generator, self.update)
+                meter.pause()
                 log.step()
                 report_due = self.update % config.log_every == 0
                 if report_due:
                     self.report(log, meter, time.perf_counter() - started)
                 if report_due or self.runtime.world_size == 1:
                     stopped = self.runtime.agree(bool(stop))
-        log.close()
         self._say_end(done)
         return done
 
@@ -310,9 +309,15 @@ class _Meter:
     def restart(self) -> None:
         self.names: list[str] = []
         self.sums: Tensor | None = None
-        self.started = time.perf_counter()
-        self.waited = 0.0
+        self.passed = self.waited = 0.0  # seconds
         self.updates = 0
+
+    def resume(self) -> None:
+        self.resumed = time.perf_counter()
+
+    def pause(self) -> None:
+        """Evaluating and saving don't count into the updates per second."""
+        self.passed += time.perf_counter() - self.resumed
 
     def timed(self, fetch: Callable[[], Any]) -> Any:
         start = time.perf_counter()
@@ -337,8 +342,7 @@ class _Meter:
         means = {name: total / count if count else math.nan for name, total, count in zip(self.names, sums, counts, strict=True)}
         expected = self.updates * self.runtime.world_size
         not_finite = {name: expected - int(count) for name, count in zip(self.names, counts, strict=True) if count < expected}
-        passed = time.perf_counter() - self.started
-        means |= {"time/updates_per_second": self.updates / passed, "time/waiting": self.waited / passed}
+        means |= {"time/updates_per_second": self.updates / self.passed, "time/waiting": self.waited / self.passed}
         self.restart()
         return means, not_finite
 

@@ -35,8 +35,9 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (ValueError, OSError) as error:
-        innermost = traceback.extract_tb(error.__traceback__)[-1].filename
-        if isinstance(error, ValueError) and Path(innermost).resolve().parent not in (REPOSITORY, REPOSITORY / "scripts"):
+        innermost = traceback.extract_tb(error.__traceback__)[-1]
+        ours = Path(innermost.filename).resolve().parent in (REPOSITORY, REPOSITORY / "scripts")
+        if isinstance(error, ValueError) and not (ours and (innermost.line or "").startswith("raise ")):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
@@ -332,6 +333,12 @@ class RunLog:
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._board = SummaryWriter(str(folder), purge_step=update + 1)
         self._bar = tqdm(total=total_updates, initial=update, unit="update", dynamic_ncols=True, smoothing=0.05)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def step(self) -> None:
         if self.enabled:

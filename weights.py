@@ -9,6 +9,7 @@ averaged weights (EMA) are preferred.
 
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ def read(path: str | os.PathLike) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights; train them with train.py, or give the path of a file with --model_path")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with a file is said below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError) as error:
         reason = "it is empty" if not path.stat().st_size else str(error).split("\n")[0].split(". ")[0]
         raise ValueError(f"{path}: not a file of weights that can be read safely ({reason}); copy or download it again") from None

@@ -24,7 +24,7 @@ def command(script, *arguments, cwd, **environment):
     return subprocess.run(
         [sys.executable, str(REPOSITORY / script), *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "2", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         timeout=300,

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -251,9 +252,16 @@ def test_learning_rates(settings):
     assert factors == approx([1, (1 + math.sqrt(0.5)) / 2, 0.5, 0])
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_the_memory_layout_and_compilation_change_nothing_but_rounding(settings):
-    losses = [train.PixelStep(settings(channels_last=layout), CPU, "fp32")(*batch())["loss/l1"].item() for layout in (True, False)]
-    assert losses[0] == approx(losses[1], rel=1e-5)
+    changed = [{}, {"channels_last": False}, *([{"compile": True}] if shutil.which("g++") else [])]
+    losses = []
+    for changes in changed:
+        torch.manual_seed(1)
+        step = train.PixelStep(settings(**changes), CPU, "fp32")
+        losses.append([step(*batch(seed))["loss/l1"].item() for seed in range(2)])
+    for other in losses[1:]:
+        assert other == approx(losses[0], rel=1e-4)
 
 
 # Resuming, refused
