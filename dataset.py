@@ -15,9 +15,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,8 @@ def find_pairs(folder: str | os.PathLike, upscale_factor: int, degradation: str 
         raise FileNotFoundError(
             f"{folder}: {problem}; put the originals into {folder / 'GT'} as .png or .jpg, or name another data_root or set"
         )
-    gt, lr = _by_name(gt_files, upscale_factor), _by_name(lr_files, upscale_factor)
+    gt = _by_name(gt_files, lambda stem: stem.removesuffix(f"_SRF_{upscale_factor}_HR"))
+    lr = _by_name(lr_files, lambda stem: stem if stem in gt else _without_scale(stem, upscale_factor))
     if lr and gt.keys() != lr.keys():
         name = min(gt.keys() ^ lr.keys())
         found, missing = (gt[name], lr_files[0].parent) if name in gt else (lr[name], gt_files[0].parent)
@@ -90,10 +92,14 @@ def _images_in(folder: Path) -> list[Path]:
     return imgproc.list_images(folder) if folder.is_dir() else []
 
 
-def _by_name(files: Sequence[Path], scale: int) -> dict[str, Path]:
-    named = {}
+def _without_scale(stem: str, scale: int) -> str:
+    return re.sub(rf"(x{scale}|_SRF_{scale}_LR)$", "", stem)
+
+
+def _by_name(files: Sequence[Path], to_name: Callable[[str], str]) -> dict[str, Path]:
+    named: dict[str, Path] = {}
     for file in files:
-        name = re.sub(rf"(x{scale}|_SRF_{scale}_[HL]R)$", "", file.stem)
+        name = to_name(file.stem)
         if name in named:
             raise ValueError(f"{file}: has the same name as {named[name]}; rename one")
         named[name] = file
@@ -178,6 +184,30 @@ class TestImages(Sequence):
         pair = self.pairs[index]
         gt = imgproc.crop_to_multiple(imgproc.read_image(pair.gt), self.upscale_factor)
         return pair.name, make_lr(pair, gt, self.upscale_factor, self.degradation), gt
+
+
+def open_test_sets(
+    data_root: str | os.PathLike, names: Sequence[str], upscale_factor: int, degradation: str = "BI"
+) -> dict[str, TestImages]:
+    """The sets to score, by name, all found and measured before the first is scored.
+
+    Raises:
+        FileNotFoundError: a set is missing.
+        ValueError: two sets have one name, or a picture doesn't pair or is too small to be scored.
+    """
+    sets: dict[str, TestImages] = {}
+    for folder in (Path(data_root) / name for name in names):
+        if folder.name in sets:
+            raise ValueError(f"{folder}: another set is called {folder.name!r} too; rename one folder")
+        pairs = find_pairs(folder, upscale_factor, degradation)
+        for pair, size in zip(pairs, gt_sizes(pairs, upscale_factor), strict=True):
+            if min(size) < 2 * upscale_factor + 11:
+                raise ValueError(
+                    f"{pair.gt}: {size[1]}x{size[0]} is too small to be scored: less {upscale_factor} border pixels, "
+                    f"SSIM's window needs {2 * upscale_factor + 11}; remove it"
+                )
+        sets[folder.name] = TestImages(pairs, upscale_factor, degradation)
+    return sets
 
 
 # The store
@@ -429,7 +459,20 @@ _ORDER, _PLACES = 0, 1  # separate streams of random numbers
 def load(batches: TrainBatches, first: int, last: int, num_workers: int, pin_memory: bool = False) -> DataLoader:
     """Batches of the updates `first` to `last` - 1, in order, cut by `num_workers` processes (0: by this one)."""
     own = torch.Generator()  # else the loader draws a number from PyTorch's global one, and a resumed run would differ
-    return DataLoader(batches, None, sampler=range(first, last), num_workers=num_workers, pin_memory=pin_memory, generator=own)
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(first, last),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=own,
+        worker_init_fn=_ignore_interrupts,
+    )
+
+
+def _ignore_interrupts(_worker: int) -> None:
+    """Ctrl-C reaches workers too; the run still needs them to end its update."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # Prefetchers: uint8 (n, h, w, 3) to float32 (n, 3, h, w) in [0, 1] on the device

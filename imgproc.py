@@ -35,8 +35,8 @@ Picture = NDArray[np.uint8]  # (H, W, 3), RGB
 def read_image(path: str | os.PathLike) -> Picture:
     """Read an image file as RGB uint8 (H, W, 3), whatever it holds.
 
-    Gray and palette become RGB, 16 bits are rounded to 8, alpha is dropped, EXIF's orientation is applied by neither the
-    training sets' authors nor here. Any path that the system allows is read, also a non-ASCII one.
+    Gray and palette become RGB, 16 bits are rounded to 8, alpha is dropped; EXIF's orientation is not applied. Any path that
+    the system allows is read, also a non-ASCII one.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -51,8 +51,7 @@ def read_image(path: str | os.PathLike) -> Picture:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
-            with Image.open(io.BytesIO(data)) as image:
-                return _to_rgb(image, data)
+            return _decode(data)
     except UnidentifiedImageError:
         raise ValueError(f"{path}: not an image that can be read here; known are {', '.join(IMAGE_SUFFIXES)}") from None
     except Image.DecompressionBombError:
@@ -100,26 +99,39 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
             with Image.open(path) as image:
                 return image.height, image.width
     except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError):
-        read_image(path)  # says what is wrong with it
-        raise AssertionError(f"{path}: the header can't be read, but the image can") from None
+        return read_image(path).shape[:2]  # a kind whose header Pillow doesn't know, or says what is wrong
 
 
-def _to_rgb(image: Image.Image, data: bytes) -> Picture:
-    if image.width * image.height > MAX_PIXELS:
-        raise Image.DecompressionBombError
-    image.load()
-    if image.mode.startswith(("I", "F")) or _has_16_bits(data):  # Pillow would cut 16-bit colour, or clip it
-        return _round_to_uint8(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED))
-    return np.array(image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else image.convert("RGB"))
+def _decode(data: bytes) -> Picture:
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        deep = _decode_deep(data)  # Pillow doesn't know TIFF with 16-bit colour
+        if deep is None:
+            raise
+        return _to_rgb8(deep)
+    with image:
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
+        image.load()
+        if image.mode.startswith(("I", "F")) or _has_16_bits(data):  # Pillow would cut or clip these
+            return _to_rgb8(_decode_deep(data))
+        return np.array(image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else image.convert("RGB"))
 
 
 def _has_16_bits(data: bytes) -> bool:
     return data.startswith(b"\x89PNG\r\n\x1a\n") and data[24] == 16  # IHDR: length, name, width, height, bit depth
 
 
-def _round_to_uint8(deep: NDArray | None) -> Picture:
+def _decode_deep(data: bytes) -> NDArray | None:
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # BGR, BGRA or gray
+
+
+def _to_rgb8(deep: NDArray | None) -> Picture:
     if deep is None or deep.dtype not in (np.uint8, np.uint16):
         raise ValueError(f"samples of type {None if deep is None else deep.dtype} are not 8 or 16 bits")
+    if deep.shape[0] * deep.shape[1] > MAX_PIXELS:
+        raise Image.DecompressionBombError
     shallow = deep if deep.dtype == np.uint8 else np.round(deep / 257).astype(np.uint8)  # 65535 / 255
     if shallow.ndim == 2:
         return cv2.cvtColor(shallow, cv2.COLOR_GRAY2RGB)

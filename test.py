@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, "test", argv)
     runtime = utils.start_runtime()
     network = weights.load(config.weights_path).to(runtime.device)
-    sets = open_sets(config, network.upscale_factor)
+    if not config.test_sets:
+        raise ValueError("test_sets is empty: name at least one, as in --test_sets Set5 Set14")
+    sets = dataset.open_test_sets(config.data_root, config.test_sets, network.upscale_factor, config.degradation)
     folder = config.experiment_dir / "test"
     if runtime.is_main:
         print(weights.describe(config.weights_path, network))
@@ -42,22 +44,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_metrics(folder, sr_scores, bicubic_scores)
         print(table(sr_scores, bicubic_scores, network.upscale_factor, config))
         print(f"{'pictures and ' if config.save_images else ''}metrics: {folder.absolute()}")
-
-
-def open_sets(config: Config, upscale_factor: int) -> dict[str, dataset.TestImages]:
-    """The sets to score, all found and measured before the first is scored.
-
-    Raises:
-        FileNotFoundError, ValueError: a set is missing or doesn't pair. The message names the file.
-    """
-    if not config.test_sets:
-        raise ValueError("test_sets is empty: name at least one, as in --test_sets Set5 Set14")
-    sets = {}
-    for name in config.test_sets:
-        pairs = dataset.find_pairs(Path(config.data_root) / name, upscale_factor, config.degradation)
-        dataset.gt_sizes(pairs, upscale_factor)
-        sets[Path(name).name] = dataset.TestImages(pairs, upscale_factor, config.degradation)
-    return sets
 
 
 def table(sr: Mapping[str, Scores], bicubic: Mapping[str, Scores], upscale_factor: int, config: Config) -> str:

@@ -78,7 +78,7 @@ class PixelStep:
         return {
             **{f"loss/{name}": value.detach() for name, value in terms.items()},
             "optimizer/gradient_norm": norm,
-            "optimizer/learning_rate": torch.tensor(self.scheduler.get_last_lr()[0]),
+            "optimizer/learning_rate": torch.full((), self.scheduler.get_last_lr()[0], device=self.device),
             "optimizer/skipped": skipped,
         }
 
@@ -399,13 +399,10 @@ def _check_checkpoint(config: Config, checkpoint: Any, path: Path) -> None:
 
 def open_validation(config: Config, say: Callable[[str], None]) -> dict[str, dataset.TestImages]:
     """The sets to score during training, each checked and described."""
-    images = {}
-    for name in config.valid_sets:
-        pairs = dataset.find_pairs(Path(config.data_root) / name, config.upscale_factor, config.degradation)
-        dataset.gt_sizes(pairs, config.upscale_factor)
-        say(dataset.describe_pairs("valid", name, pairs))
-        images[Path(name).name] = dataset.TestImages(pairs, config.upscale_factor, config.degradation)
-    return images
+    sets = dataset.open_test_sets(config.data_root, config.valid_sets, config.upscale_factor, config.degradation)
+    for name, images in sets.items():
+        say(dataset.describe_pairs("valid", name, images.pairs))
+    return sets
 
 
 def open_training(config: Config, runtime: Runtime, say: Callable[[str], None]) -> dataset.TrainBatches:
@@ -419,10 +416,10 @@ def open_training(config: Config, runtime: Runtime, say: Callable[[str], None]) 
     usable = dataset.fit_to_patch(pairs, sizes, config.gt_patch_size, config.small_images)
     if len(usable) < len(pairs):
         say(f"skipping {len(pairs) - len(usable)} of {len(pairs)} training images, smaller than a GT patch of {config.gt_patch_size}")
-    if runtime.is_main:
-        dataset.PairStore.open_or_build(sets, config.upscale_factor, config.degradation, config.cache_dir)
+    where = (sets, config.upscale_factor, config.degradation, config.cache_dir)
+    store = dataset.PairStore.open_or_build(*where) if runtime.is_main else None
     runtime.wait_for_all()
-    store = dataset.PairStore.open_or_build(sets, config.upscale_factor, config.degradation, config.cache_dir, progress=False)
+    store = store or dataset.PairStore.open_or_build(*where, progress=False)
     return dataset.TrainBatches(
         store, config.batch_size, config.lr_patch_size, config.seed, usable=usable, rank=runtime.rank, world_size=runtime.world_size
     )

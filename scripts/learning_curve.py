@@ -1,6 +1,6 @@
 """Draw PSNR over wall-clock time of one or more runs; needs matplotlib (requirements-dev.txt):
 
-    python scripts/learning_curve.py --runs results/a results/b --output curve.png
+python scripts/learning_curve.py --runs results/a results/b --output curve.png
 """
 
 import json

@@ -105,6 +105,23 @@ def test_images_smaller_than_a_patch_are_refused_or_skipped(tmp_path):
         fit_to_patch(pairs, sizes, 64, "skip")
 
 
+@pytest.mark.parametrize("lr_name", ["matrix4", "matrix4x4"])
+def test_names_that_end_like_a_scale_stay_whole(tmp_path, lr_name):
+    imgproc.write_image(tmp_path / "GT" / "matrix4.png", noise_picture(24, 24))
+    imgproc.write_image(tmp_path / "LRbicx4" / f"{lr_name}.png", noise_picture(6, 6))
+    assert [(pair.name, pair.lr.stem) for pair in find_pairs(tmp_path, 4)] == [("matrix4", lr_name)]
+
+
+def test_test_sets_are_checked_before_the_first_is_scored(tmp_path):
+    write_set(tmp_path / "a" / "Set", [(24, 24)])
+    write_set(tmp_path / "b" / "Set", [(24, 18)])
+    assert list(dataset.open_test_sets(tmp_path, ["a/Set"], 4)) == ["Set"]
+    with pytest.raises(ValueError, match="another set is called 'Set' too"):
+        dataset.open_test_sets(tmp_path, ["a/Set", "b/Set"], 2)
+    with pytest.raises(ValueError, match=r"a\.png: 16x24 is too small to be scored: .* needs 19"):
+        dataset.open_test_sets(tmp_path, ["b/Set"], 4)
+
+
 def test_what_a_person_is_told(tmp_path):
     text = dataset.describe_pairs("train", "Mine", find_pairs(write_set(tmp_path, [(8, 8)] * 4), 2))
     assert text == f"train Mine: 4 images in {tmp_path / 'GT'}, LR made exactly from the originals\n    a.png, b.png, c.png, …"

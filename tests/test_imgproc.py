@@ -2,6 +2,7 @@
 
 import math
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -240,14 +241,15 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, suffix):
     assert imgproc.image_size(path) == (5, 6)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
 @pytest.mark.parametrize("channels", [3, 4])
-def test_16_bit_colour_is_rounded(tmp_path, channels):
-    import cv2
-
+def test_16_bit_colour_is_rounded(tmp_path, channels, suffix):
     deep = np.random.default_rng(0).integers(0, 65536, (5, 6, channels), dtype=np.uint16)
-    cv2.imwrite(str(tmp_path / "deep.png"), deep)
+    path = tmp_path / f"deep{suffix}"
+    cv2.imwrite(str(path), deep)
     expected = np.floor(deep[:, :, 2::-1] / 257 + 0.5).astype(np.uint8)
-    assert (read_image(tmp_path / "deep.png") == expected).all()
+    assert (read_image(path) == expected).all()
+    assert imgproc.image_size(path) == (5, 6)
 
 
 def test_cmyk_jpeg_becomes_rgb(tmp_path):
