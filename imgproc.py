@@ -114,12 +114,14 @@ def _decode(data: bytes) -> Picture:
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError
         image.load()
-        if image.mode.startswith(("I", "F")) or _has_16_bits(data):  # Pillow would cut or clip these
+        if image.mode.startswith(("I", "F")) or _has_16_bits(image, data):  # Pillow would cut or clip these
             return _to_rgb8(_decode_deep(data))
         return np.array(image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else image.convert("RGB"))
 
 
-def _has_16_bits(data: bytes) -> bool:
+def _has_16_bits(image: Image.Image, data: bytes) -> bool:
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(258, (1,))) == 16  # BitsPerSample, one for each channel
     return data.startswith(b"\x89PNG\r\n\x1a\n") and data[24] == 16  # IHDR: length, name, width, height, bit depth
 
 

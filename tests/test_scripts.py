@@ -60,7 +60,7 @@ def test_the_learning_curve_is_read_off_the_log(tmp_path):
     assert learning_curve.read_curve(tmp_path, "Set5") == [(1.5, 31.5)]
     with pytest.raises(ValueError, match="no evaluation of Set14"):
         learning_curve.read_curve(tmp_path, "Set14")
-    with pytest.raises(FileNotFoundError, match=r"log\.jsonl: no such log"):
+    with pytest.raises(FileNotFoundError, match=r"gone: no such log"):
         learning_curve.read_curve(tmp_path / "gone", "Set5")
     with pytest.raises(ValueError, match="must be NAME=DB"):
         learning_curve.main(["--runs", str(tmp_path), "--output", "x.png", "--levels", "VDSR"])
