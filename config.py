@@ -139,11 +139,18 @@ class Config:
 
     @property
     def weights_path(self) -> Path:
-        """The weights to test: `model_path`, else the experiment's best, else those that come with this repository."""
+        """The weights to test: `model_path`, else the experiment's best or last, else those that come with this repository."""
         if self.model_path:
             return Path(self.model_path)
-        best = self.experiment_dir / "best.pth.tar"
-        return best if best.is_file() else released_weights(self.upscale_factor)
+        trained = (self.experiment_dir / name for name in _CHECKPOINTS)
+        return next(filter(Path.is_file, trained), released_weights(self.upscale_factor))
+
+    @property
+    def test_dir(self) -> Path:
+        """Where scores and pictures go: results/<exp_name>/test, named after the weights where exp_name is empty."""
+        path = self.weights_path
+        name = path.parent.name if path.name in _CHECKPOINTS else path.name.split(".")[0]
+        return Path(self.results_dir) / (self.exp_name or name) / "test"
 
 
 def released_weights(upscale_factor: int) -> Path:
@@ -162,12 +169,14 @@ def parse(settings: type[Settings], mode: Literal["train", "test"], argv: Sequen
     """
     import tyro  # only here, so that importing the settings stays cheap
 
+    _check_types(settings)  # of the edited lines
     config = tyro.cli(settings, args=argv, use_underscores=True, config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands))
     if config.mode is not None and {"valid": "test"}.get(config.mode, config.mode) != mode:
         raise ValueError(f"mode={config.mode!r} contradicts this script, which can only {mode}: leave mode at None, or run another script")
     return config
 
 
+_CHECKPOINTS = ("best.pth.tar", "last.pth.tar")
 _AT_LEAST_1 = (
     "channels", "reduction", "num_rg", "num_rcab", "epochs", "steps_per_epoch", "lr_patch_size", "batch_size", "halve_every",
     "max_skipped_updates", "log_every", "eval_every", "save_every",
@@ -177,9 +186,9 @@ _AT_LEAST_0 = (
 )  # fmt: skip
 
 
-def _check_types(config: Config) -> None:
+def _check_types(config: Config | type[Config]) -> None:
     """Refuse a value of another type, as an edited line can hold one."""
-    hints = get_type_hints(type(config))
+    hints = get_type_hints(config if isinstance(config, type) else type(config))
     for field in fields(config):
         if not _fits(getattr(config, field.name), hints[field.name]):
             name = str(hints[field.name]).replace("typing.", "") if get_args(hints[field.name]) else hints[field.name].__name__

@@ -10,6 +10,7 @@ workers nor a resume changes the run.
     for batch in prefetch(load(batches, first=0, last=1000, num_workers=1), device): batch["lr"], batch["gt"]
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import shutil
 import signal
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,12 +81,17 @@ def find_pairs(folder: str | os.PathLike, upscale_factor: int, degradation: str 
 
 
 def _find_files(folder: Path, scale: int, degradation: str) -> tuple[list[Path], list[Path]]:
+    gt_files = _first_images(folder / name for name in GT_FOLDERS)
+    lr_files = _first_images(folder / name.format(scale=scale) for name in LR_FOLDERS[degradation])
     both = _images_in(folder / f"image_SRF_{scale}")
-    if both:
-        return [file for file in both if file.stem.endswith("_HR")], [file for file in both if file.stem.endswith("_LR")]
-    gt_folders = [folder / name for name in GT_FOLDERS] + [folder]
-    lr_folders = [folder / name.format(scale=scale) for name in LR_FOLDERS[degradation]]
-    return next(filter(None, map(_images_in, gt_folders)), []), next(filter(None, map(_images_in, lr_folders)), [])
+    if both and not gt_files:
+        gt_files = [file for file in both if file.stem.endswith("_HR")]
+        lr_files = [file for file in both if file.stem.endswith("_LR")] if degradation == "BI" else []
+    return gt_files or _images_in(folder), lr_files
+
+
+def _first_images(folders: Iterable[Path]) -> list[Path]:
+    return next(filter(None, map(_images_in, folders)), [])
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -167,10 +173,8 @@ def make_lr(pair: Pair, gt: imgproc.Picture, upscale_factor: int, degradation: s
     return lr
 
 
-class TestImages(Sequence):
-    """A test set: `images[i]` is (name, lr, gt), uint8 (H, W, 3), gt cropped to a multiple of the scale."""
-
-    __test__ = False  # not a test case of pytest's
+class EvaluationSet(Sequence):
+    """Pictures to score: `images[i]` is (name, lr, gt), uint8 (H, W, 3), gt cropped to a multiple of the scale."""
 
     def __init__(self, pairs: Sequence[Pair], upscale_factor: int, degradation: str = "BI") -> None:
         self.pairs = list(pairs)
@@ -188,25 +192,25 @@ class TestImages(Sequence):
 
 def open_test_sets(
     data_root: str | os.PathLike, names: Sequence[str], upscale_factor: int, degradation: str = "BI"
-) -> dict[str, TestImages]:
+) -> dict[str, EvaluationSet]:
     """The sets to score, by name, all found and measured before the first is scored.
 
     Raises:
         FileNotFoundError: a set is missing.
         ValueError: two sets have one name, or a picture doesn't pair or is too small to be scored.
     """
-    sets: dict[str, TestImages] = {}
+    sets: dict[str, EvaluationSet] = {}
     for folder in (Path(data_root) / name for name in names):
         if folder.name in sets:
             raise ValueError(f"{folder}: another set is called {folder.name!r} too; rename one folder")
         pairs = find_pairs(folder, upscale_factor, degradation)
         for pair, size in zip(pairs, gt_sizes(pairs, upscale_factor), strict=True):
-            if min(size) < 2 * upscale_factor + 11:
+            if min(size) < 2 * upscale_factor + imgproc.SSIM_WINDOW:
                 raise ValueError(
-                    f"{pair.gt}: {size[1]}x{size[0]} is too small to be scored: less {upscale_factor} border pixels, "
-                    f"SSIM's window needs {2 * upscale_factor + 11}; remove it"
+                    f"{pair.gt}: {size[1]}x{size[0]} is too small to be scored: with {upscale_factor} border pixels, "
+                    f"SSIM's window needs {2 * upscale_factor + imgproc.SSIM_WINDOW}; remove it"
                 )
-        sets[folder.name] = TestImages(pairs, upscale_factor, degradation)
+        sets[folder.name] = EvaluationSet(pairs, upscale_factor, degradation)
     return sets
 
 
@@ -282,7 +286,8 @@ class PairStore:
         """What is wrong with the files on disk, or None."""
         try:
             manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            checksums = list(manifest["checksums"])
+        except (OSError, ValueError, KeyError, TypeError):
             return "its manifest is missing or damaged"
         if {key: manifest.get(key) for key in expected} != expected:
             return "its sources have changed"
@@ -291,7 +296,7 @@ class PairStore:
                 return f"{file} is cut off"
         step = 1 + int(self._gt_starts[-1] // _CHECKED_BYTES)  # all images of a small store, an even choice of a large one
         for index in range(0, len(self), step):
-            if _checksum(self.gt(index), self.lr(index)) != manifest["checksums"][index]:
+            if [_checksum(self.gt(index), self.lr(index))] != checksums[index : index + 1]:
                 return f"image {index} is damaged"
         return None
 
@@ -331,6 +336,8 @@ def _build(store: PairStore, pairs: Sequence[Pair], manifest: dict[str, Any], pr
         for file in building.iterdir():
             with open(file, "rb+") as written:
                 os.fsync(written.fileno())
+        if store.folder.is_dir() and store._problem(manifest) is None:
+            return  # another process was faster
         _move_into_place(building, store.folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -338,8 +345,7 @@ def _build(store: PairStore, pairs: Sequence[Pair], manifest: dict[str, Any], pr
 
 def _decode_all(store: PairStore, pairs: Sequence[Pair], folder: Path, degradation: str, progress: bool) -> list[int]:
     maps = {
-        file: np.memmap(folder / file, np.uint8, "w+", shape=int(starts[-1]))
-        for file, starts in (("gt.bin", store._gt_starts), ("lr.bin", store._lr_starts))
+        file: _allocate(folder / file, int(starts[-1])) for file, starts in (("gt.bin", store._gt_starts), ("lr.bin", store._lr_starts))
     }
 
     def decode(index: int) -> int:  # in a thread: decoding and resizing release the interpreter's lock
@@ -352,7 +358,8 @@ def _decode_all(store: PairStore, pairs: Sequence[Pair], folder: Path, degradati
         maps["lr.bin"][store._lr_starts[index] : store._lr_starts[index + 1]] = lr.reshape(-1)
         return _checksum(gt, lr)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(cores) as pool:
         try:
             bar = tqdm(pool.map(decode, range(len(pairs))), "decoding once", len(pairs), unit="image", disable=not progress)
             checksums = list(bar)
@@ -362,6 +369,16 @@ def _decode_all(store: PairStore, pairs: Sequence[Pair], folder: Path, degradati
     for written in maps.values():
         written.flush()
     return checksums
+
+
+def _allocate(path: Path, size: int) -> NDArray[np.uint8]:
+    """A file of its full size, mapped; a disk that can't hold it is an OSError here and not a crash later."""
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
+    return np.memmap(path, np.uint8, "r+")
 
 
 def _check_room(store: PairStore) -> None:
@@ -377,9 +394,10 @@ def _check_room(store: PairStore) -> None:
 def _remove_leftovers(folder: Path) -> None:
     """Delete what interrupted builds left; a build that still runs has written within the last ten minutes."""
     for left in (*folder.parent.glob(f"{folder.name}.building-*"), *folder.parent.glob(f"{folder.name}.stale-*")):
-        newest = max((file.stat().st_mtime for file in (left, *left.iterdir())), default=0)
-        if time.time() - newest > 600 or left.name.endswith(f"-{os.getpid()}"):
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process removes it too
+            newest = max(file.stat().st_mtime for file in (left, *left.iterdir()))
+            if time.time() - newest > 600 or left.name.endswith(f"-{os.getpid()}"):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _move_into_place(building: Path, folder: Path) -> None:
@@ -425,6 +443,8 @@ class TrainBatches(Dataset):
         self.lr_patch_size = lr_patch_size
         self.seed = seed
         self.usable = np.arange(len(store)) if usable is None else usable
+        sizes = [store.gt_sizes[image] for image in self.usable]
+        self.fingerprint = f"{len(sizes)} images of {sum(h * w for h, w in sizes)} pixels, {zlib.crc32(repr(sizes).encode()):08x}"
         self.share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
     def __getitem__(self, update: int) -> dict[str, Tensor]:
@@ -466,13 +486,16 @@ def load(batches: TrainBatches, first: int, last: int, num_workers: int, pin_mem
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=own,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_outlive_signals,
     )
 
 
-def _ignore_interrupts(_worker: int) -> None:
-    """Ctrl-C reaches workers too; the run still needs them to end its update."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _outlive_signals(_worker: int) -> None:
+    """Ctrl-C, torchrun and timeout signal the whole process group; the run still needs its workers to save itself."""
+    if hasattr(os, "setsid"):
+        os.setsid()
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # Prefetchers: uint8 (n, h, w, 3) to float32 (n, 3, h, w) in [0, 1] on the device

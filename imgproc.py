@@ -10,7 +10,9 @@ An image is RGB uint8, (H, W, 3), everywhere in this file.
 import io
 import math
 import os
+import struct
 import warnings
+import zlib
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -23,8 +25,14 @@ from scipy import ndimage, sparse
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 MAX_PIXELS = 178_956_970  # 512 MiB as RGB; larger files are more often broken or malicious than wanted
 DEGRADATIONS = ("BI", "BD", "DN")
+SSIM_WINDOW = 11  # pixels
 
 cv2.setNumThreads(0)  # its threads do not survive a fork, as in workers; each call here is too small to gain from them
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is checked instead
+
+# What the decoders raise for broken data
+_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, struct.error, zlib.error, cv2.error)
 
 Picture = NDArray[np.uint8]  # (H, W, 3), RGB
 
@@ -49,14 +57,12 @@ def read_image(path: str | os.PathLike) -> Picture:
     if not data:
         raise ValueError(f"{path}: the file is empty; copy or download it again")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
-            return _decode(data)
+        return _decode(data)
     except UnidentifiedImageError:
         raise ValueError(f"{path}: not an image that can be read here; known are {', '.join(IMAGE_SUFFIXES)}") from None
     except Image.DecompressionBombError:
         raise ValueError(f"{path}: more than {MAX_PIXELS:,} pixels; cut it into parts") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise for broken data
+    except _DECODING_ERRORS as error:
         raise ValueError(f"{path}: the image is damaged or cut off ({error}); copy or download it again") from None
 
 
@@ -94,10 +100,8 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
         ValueError: the file is empty or no image. The message names it.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return image.height, image.width
+        with Image.open(path) as image:
+            return image.height, image.width
     except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError):
         return read_image(path).shape[:2]  # a kind whose header Pillow doesn't know, or says what is wrong
 
@@ -303,8 +307,8 @@ def ssim(sr: Picture, gt: Picture, border: int, only_y_channel: bool = True) -> 
     Arguments as for `psnr`; without `only_y_channel`, the mean over the three channels.
     """
     sr_values, gt_values = _comparable(sr, gt, border, only_y_channel)
-    if min(sr_values.shape[:2]) < 11:
-        raise ValueError(f"images of {sr.shape[1]}x{sr.shape[0]} less a border of {border} are smaller than SSIM's 11x11 window")
+    if min(sr_values.shape[:2]) < SSIM_WINDOW:
+        raise ValueError(f"images of {sr.shape[1]}x{sr.shape[0]} less a border of {border} are smaller than SSIM's window of {SSIM_WINDOW}")
     sr_mean, gt_mean = _window_mean(sr_values), _window_mean(gt_values)
     sr_variance = _window_mean(sr_values**2) - sr_mean**2
     gt_variance = _window_mean(gt_values**2) - gt_mean**2
@@ -316,10 +320,10 @@ def ssim(sr: Picture, gt: Picture, border: int, only_y_channel: bool = True) -> 
 
 
 def _window_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    offsets = np.arange(-5, 6)
-    kernel = np.exp(-(offsets**2) / (2 * 1.5**2))
+    radius = SSIM_WINDOW // 2
+    kernel = np.exp(-(np.arange(-radius, radius + 1) ** 2) / (2 * 1.5**2))
     kernel /= kernel.sum()
-    return cv2.sepFilter2D(values, cv2.CV_64F, kernel, kernel)[5:-5, 5:-5]
+    return cv2.sepFilter2D(values, cv2.CV_64F, kernel, kernel)[radius:-radius, radius:-radius]
 
 
 def _comparable(sr: Picture, gt: Picture, border: int, only_y_channel: bool) -> list[NDArray[np.float64]]:

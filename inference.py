@@ -35,11 +35,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     runtime = utils.start_runtime()
     path = Path(config.model_path) if config.model_path else released_weights(config.upscale_factor)
     network = weights.load(path).to(runtime.device)
-    print(weights.describe(path, network))
+    print(weights.describe(network))
+    failed = []
     for file in (bar := tqdm(files, "upscaling", unit="image")):
-        sr = utils.upscale(network, imgproc.read_image(file), config.self_ensemble)
-        imgproc.write_image(targets[file], sr)
-        bar.write(str(targets[file].absolute()))
+        try:
+            sr = utils.upscale(network, imgproc.read_image(file), config.self_ensemble)
+            imgproc.write_image(targets[file], sr)
+            bar.write(str(targets[file].absolute()))
+        except (ValueError, OSError) as error:  # the others are still wanted
+            failed.append(str(error))
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(files)} pictures were not upscaled: {'; '.join(failed)}")
 
 
 def find_inputs(path: Path) -> list[Path]:

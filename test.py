@@ -2,14 +2,14 @@
 
     python test.py --model_path results/rcan_x4/best.pth.tar --data_root data --test_sets Set5 Set14 B100
 
-The network is rebuilt from the file alone; the settings of its training need not be given. Pictures, metrics.json and
-metrics.csv go to results/<exp_name>/test. Scores are those of the pictures as written, by the papers' protocol.
+The network is rebuilt from the file alone; the settings of its training need not be given. Pictures, metrics.json, metrics.csv and
+report.txt go to results/<exp_name>/test, named after the weights where exp_name is empty. Scores are those of the pictures as
+written, by the papers' protocol.
 """
 
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,20 +30,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not config.test_sets:
         raise ValueError("test_sets is empty: name at least one, as in --test_sets Set5 Set14")
     sets = dataset.open_test_sets(config.data_root, config.test_sets, network.upscale_factor, config.degradation)
-    folder = config.experiment_dir / "test"
     if runtime.is_main:
-        print(weights.describe(config.weights_path, network))
+        print(weights.describe(network))
     sr_scores, bicubic_scores = {}, {}
     for name, images in sets.items():
-        write = partial(_write_picture, folder / name) if config.save_images else None
+        write = partial(_write_picture, config.test_dir / name) if config.save_images else None
         upscaler = partial(utils.upscale, network, self_ensemble=config.self_ensemble)
         sr_scores[name] = utils.evaluate(upscaler, images, network.upscale_factor, runtime, write, progress=name)
         bicubic = partial(imgproc.imresize, scale=network.upscale_factor)
         bicubic_scores[name] = utils.evaluate(bicubic, images, network.upscale_factor, runtime)
     if runtime.is_main:
-        write_metrics(folder, sr_scores, bicubic_scores)
-        print(table(sr_scores, bicubic_scores, network.upscale_factor, config))
-        print(f"{'pictures and ' if config.save_images else ''}metrics: {folder.absolute()}")
+        report = table(sr_scores, bicubic_scores, network.upscale_factor, config)
+        print(report)
+        about = "\n".join(f"{name} {value}" for name, value in utils.provenance().items())
+        utils.write_text(config.test_dir / "report.txt", f"{weights.describe(network)}\n{report}\n\n{about}\n")
+        write_metrics(config.test_dir, sr_scores, bicubic_scores)
+        print(f"{'pictures and ' if config.save_images else ''}metrics: {config.test_dir.absolute()}")
 
 
 def table(sr: Mapping[str, Scores], bicubic: Mapping[str, Scores], upscale_factor: int, config: Config) -> str:
@@ -63,7 +65,7 @@ def table(sr: Mapping[str, Scores], bicubic: Mapping[str, Scores], upscale_facto
 def write_metrics(folder: Path, sr: Mapping[str, Scores], bicubic: Mapping[str, Scores]) -> None:
     """metrics.json, and the same by picture in metrics.csv."""
     text = json.dumps({name: {**scores, "bicubic": bicubic[name]} for name, scores in sr.items()}, indent=2)
-    _write_text(folder / "metrics.json", text + "\n")
+    utils.write_text(folder / "metrics.json", text + "\n")
     rows = io.StringIO()
     writer = csv.writer(rows)
     writer.writerow(("set", "image", "psnr", "ssim", "bicubic_psnr", "bicubic_ssim"))
@@ -71,18 +73,11 @@ def write_metrics(folder: Path, sr: Mapping[str, Scores], bicubic: Mapping[str, 
         for image, score in {**scores["images"], "mean": scores}.items():
             plain = bicubic[name]["images"].get(image, bicubic[name])
             writer.writerow((name, image, score["psnr"], score["ssim"], plain["psnr"], plain["ssim"]))
-    _write_text(folder / "metrics.csv", rows.getvalue())
+    utils.write_text(folder / "metrics.csv", rows.getvalue())
 
 
 def _write_picture(folder: Path, name: str, _lr: imgproc.Picture, sr: imgproc.Picture, _gt: imgproc.Picture) -> None:
     imgproc.write_image(folder / f"{name}.png", sr)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8", newline="")
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,7 +33,12 @@ from utils import Runtime
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    if not train(parse(Config, "train", argv), PixelStep):
+    config = parse(Config, "train", argv)
+    if config.use_composite_loss:
+        raise ValueError(
+            "use_composite_loss=True contradicts train.py, which trains with L1 alone: set it to False or run train_improved.py"
+        )
+    if not train(config, PixelStep):
         sys.exit(130)
 
 
@@ -74,11 +80,12 @@ class PixelStep:
         terms = self.criterion(sr, gt)
         self.optimizer.zero_grad()
         self.scaler.scale(terms["l1"]).backward()
+        learning_rate = self.scheduler.get_last_lr()[0]
         norm, skipped = self._apply_gradient()
         return {
             **{f"loss/{name}": value.detach() for name, value in terms.items()},
             "optimizer/gradient_norm": norm,
-            "optimizer/learning_rate": torch.full((), self.scheduler.get_last_lr()[0], device=self.device),
+            "optimizer/learning_rate": torch.full((), learning_rate, device=self.device),
             "optimizer/skipped": skipped,
         }
 
@@ -123,7 +130,7 @@ def parallel(network: nn.Module, runtime: Runtime) -> Callable[..., Tensor]:
     if runtime.world_size == 1:
         return network
     device_ids = [runtime.device] if runtime.device.type == "cuda" else None
-    return DistributedDataParallel(network, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(network, device_ids=device_ids, broadcast_buffers=False)
 
 
 def build_optimizer(network: nn.Module, config: Config) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
@@ -152,54 +159,69 @@ def train(config: Config, build_step: Callable[[Config, Runtime, str], Step]) ->
     runtime = utils.start_runtime()
     say = print if runtime.is_main else _silent
     checkpoint = find_checkpoint(config, say)
-    utils.seed_everything(config.seed)
     validation = open_validation(config, say)
-    batches = open_training(config, runtime, say)
+    sets, usable = check_training(config, runtime, say)
+    utils.seed_everything(config.seed)
     precision = checkpoint["precision"] if checkpoint else utils.choose_precision(config.precision, runtime.device)
     step = build_step(config, runtime, precision)
     if config.pretrained_model_path and not checkpoint:
         say(weights.transfer(step.generator, config.pretrained_model_path))
-    run = Run(config, runtime, step, precision, validation)
+    batches = open_training(config, runtime, sets, usable)
+    run = Run(config, runtime, step, precision, validation, batches)
     if checkpoint:
         run.restore(checkpoint)
+        del checkpoint  # as large as the run itself
     say(describe_run(config, runtime, step.generator, precision, run.update))
-    if run.update >= config.total_updates:
+    if run.finished:
         say(f"already finished at update {run.update}; raise epochs (schedule='step'), or set another exp_name to start anew")
         return True
-    return run.go(batches)
+    return run.go()
 
 
 class Run:
     """A training run: what it has reached so far, and the loop."""
 
-    def __init__(self, config: Config, runtime: Runtime, step: Step, precision: str, validation: Mapping[str, dataset.TestImages]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        step: Step,
+        precision: str,
+        validation: Mapping[str, dataset.EvaluationSet],
+        batches: dataset.TrainBatches,
+    ) -> None:
         self.config = config
         self.runtime = runtime
         self.step = step
         self.precision = precision
         self.validation = validation
+        self.batches = batches
         self.ema = utils.EMA(step.generator, config.ema_decay)
+        self.meter = _Meter(runtime)
         self.update = 0  # how many have been done
+        self.evaluated = 0  # after which update the last evaluation was
         self.seconds = 0.0  # spent in the loop, over all sittings
         self.best_psnr = -math.inf
         self.best_ssim = 0.0
 
-    def go(self, batches: dataset.TrainBatches) -> bool:
+    @property
+    def finished(self) -> bool:
+        return self.update >= self.config.total_updates and not self._evaluation_due()
+
+    def go(self) -> bool:
         """Train until the end or until asked to stop; True at the end."""
-        config, first, started = self.config, self.update, time.perf_counter() - self.seconds
+        config, first, started, meter = self.config, self.update, time.perf_counter() - self.seconds, self.meter
         self._write_settings()
-        loader = dataset.load(batches, first, config.total_updates, config.num_workers, pin_memory=self.runtime.device.type == "cuda")
-        feed = dataset.prefetch(loader, self.runtime.device, config.channels_last)
-        meter = _Meter(self.runtime)
+        feed = self._feed()
         stopped = False
         with utils.RunLog(config.experiment_dir, first, config.total_updates, self.runtime.is_main) as log, utils.StopRequest() as stop:
             log.write(first, {"event": "start", "precision": self.precision, **utils.provenance()})
             while True:
                 done = self.update >= config.total_updates
                 self.seconds = time.perf_counter() - started
-                if self.update > first and not stopped and (done or self.update % config.eval_every == 0):
+                if self._evaluation_due() and not stopped:
                     self.evaluate(log)
-                if self.update > first and (done or stopped or self.update % config.save_every == 0):
+                if done or stopped or (self.update > first and self.update % config.save_every == 0):
                     self.save("last.pth.tar")
                 if done or stopped:
                     break
@@ -210,18 +232,26 @@ class Run:
                 self.ema.update(self.step.generator, self.update)
                 meter.pause()
                 log.step()
-                report_due = self.update % config.log_every == 0
-                if report_due:
-                    self.report(log, meter, time.perf_counter() - started)
-                if report_due or self.runtime.world_size == 1:
+                if self.update % config.log_every == 0:
+                    self.report(log, time.perf_counter() - started)
+                if self.runtime.world_size == 1 or self.update % 10 == 0:  # asking all processes takes time
                     stopped = self.runtime.agree(bool(stop))
-        self._say_end(done)
-        return done
+        self._say_end(self.finished)
+        return self.finished
 
-    def report(self, log: utils.RunLog, meter: "_Meter", seconds: float) -> None:
+    def _evaluation_due(self) -> bool:
+        at_interval = self.update % self.config.eval_every == 0 or self.update >= self.config.total_updates
+        return at_interval and self.evaluated != self.update
+
+    def _feed(self) -> dataset.CPUPrefetcher:
+        on_gpu = self.runtime.device.type == "cuda"
+        loader = dataset.load(self.batches, self.update, self.config.total_updates, self.config.num_workers, pin_memory=on_gpu)
+        return dataset.prefetch(loader, self.runtime.device, self.config.channels_last)
+
+    def report(self, log: utils.RunLog, seconds: float) -> None:
         """Log the means since the last report; the only place where the device is waited for."""
         self.step.check()
-        values, not_finite = meter.take()
+        values, not_finite = self.meter.take()
         for name, count in not_finite.items():
             log.say(f"update {self.update}: {name} was not finite in {count} of the last updates; such updates change nothing")
         epoch = self.update / self.config.steps_per_epoch
@@ -232,6 +262,7 @@ class Run:
 
     def evaluate(self, log: utils.RunLog) -> None:
         """Score the averaged weights; the best ones by the PSNR of the first set are kept in best.pth.tar."""
+        self.evaluated = self.update
         scores: dict[str, float] = {}
         samples: dict[str, imgproc.Picture] = {}
         for name, images in self.validation.items():
@@ -261,12 +292,15 @@ class Run:
             state = {
                 "epoch": self.update // self.config.steps_per_epoch,
                 "update": self.update,
+                "evaluated": self.evaluated,
                 "seconds": self.seconds,
                 "best_psnr": self.best_psnr,
                 "best_ssim": self.best_ssim,
                 **{name: part.state_dict() for name, part in self.step.parts().items()},
                 "ema_state_dict": self.ema.network.state_dict(),
                 "arguments": self.step.generator.arguments,
+                "meter": self.meter.state_dict(),
+                "data": self.batches.fingerprint,
                 "config": asdict(self.config),
                 "precision": self.precision,
                 "random_states": utils.random_states(),
@@ -276,20 +310,28 @@ class Run:
         self.runtime.wait_for_all()
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint that `find_checkpoint` has accepted."""
+        """Go on from a checkpoint that `find_checkpoint` has accepted.
+
+        Raises:
+            ValueError: the training images are others now.
+        """
+        if checkpoint["data"] != self.batches.fingerprint:
+            raise ValueError(
+                f"the training images have changed since the run was started (were {checkpoint['data']}, are {self.batches.fingerprint}): "
+                "bring the old ones back, or set another exp_name and pretrained_model_path"
+            )
         for name, part in self.step.parts().items():
             part.load_state_dict(checkpoint[name])
         self.ema.network.load_state_dict(checkpoint["ema_state_dict"])
-        self.update, self.seconds = checkpoint["update"], checkpoint["seconds"]
+        self.meter.load_state_dict(checkpoint["meter"])
+        self.update, self.evaluated, self.seconds = checkpoint["update"], checkpoint["evaluated"], checkpoint["seconds"]
         self.best_psnr, self.best_ssim = checkpoint["best_psnr"], checkpoint["best_ssim"]
         utils.restore_random_states(checkpoint["random_states"])
 
     def _write_settings(self) -> None:
         if self.runtime.is_main:
-            folder = self.config.experiment_dir
-            folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps({**asdict(self.config), "provenance": utils.provenance()}, indent=2)
-            (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+            utils.write_text(self.config.experiment_dir / "config.json", text + "\n")
 
     def _say_end(self, done: bool) -> None:
         if self.runtime.is_main:
@@ -311,6 +353,14 @@ class _Meter:
         self.sums: Tensor | None = None
         self.passed = self.waited = 0.0  # seconds
         self.updates = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a report between two checkpoints needs of the time before the first, so that a resumed run logs the same."""
+        return {"names": self.names, "sums": self.sums, "updates": self.updates}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.names, self.updates = state["names"], state["updates"]
+        self.sums = None if state["sums"] is None else state["sums"].to(self.runtime.device)
 
     def resume(self) -> None:
         self.resumed = time.perf_counter()
@@ -352,7 +402,7 @@ class _Meter:
 
 # What may differ when a run is resumed: where things lie, what is reported, and what only other scripts use
 _FREE_TO_CHANGE = {
-    "mode", "results_dir", "exp_name", "resume", "start_epoch", "data_root", "cache_dir", "num_workers", "pretrained_model_path",
+    "mode", "results_dir", "exp_name", "resume", "start_epoch", "data_root", "cache_dir", "num_workers",
     "log_every", "eval_every", "save_every", "max_skipped_updates", "compile", "channels_last",
     "valid_sets", "test_sets", "model_path", "self_ensemble", "save_images",
 }  # fmt: skip
@@ -366,15 +416,16 @@ def find_checkpoint(config: Config, say: Callable[[str], None]) -> dict[str, Any
         ValueError: the checkpoint contradicts the settings, or lacks what resuming needs.
     """
     last = config.experiment_dir / "last.pth.tar"
-    if config.resume == "never" and last.exists():
-        raise ValueError(f"{last}: this run exists, and resume='never': set resume='auto' to go on with it, or another exp_name")
-    path = last if config.resume in ("auto", "never") else Path(config.resume)
-    if not path.exists() and config.resume in ("auto", "never"):
-        if config.start_epoch:
-            raise ValueError(f"start_epoch={config.start_epoch}, but there is no {last} to go on from: set start_epoch=0")
-        return None
-    if last.exists() and path.resolve().parent != last.resolve().parent:
-        raise ValueError(f"resume={config.resume!r} would overwrite the run in {last.parent}: set another exp_name")
+    if last.exists():
+        return _read_checkpoint(config, last, say)
+    if config.resume not in ("auto", "never"):
+        return _read_checkpoint(config, Path(config.resume), say)
+    if config.start_epoch:
+        raise ValueError(f"start_epoch={config.start_epoch}, but there is no {last} to go on from: set start_epoch=0")
+    return None
+
+
+def _read_checkpoint(config: Config, path: Path, say: Callable[[str], None]) -> dict[str, Any]:
     checkpoint = weights.read(path)
     _check_checkpoint(config, checkpoint, path)
     say(f"going on from {path.absolute()}: update {checkpoint['update']}, epoch {checkpoint['epoch']}")
@@ -382,13 +433,16 @@ def find_checkpoint(config: Config, say: Callable[[str], None]) -> dict[str, Any
 
 
 def _check_checkpoint(config: Config, checkpoint: Any, path: Path) -> None:
-    needed = ("state_dict", "ema_state_dict", "optimizer", "scheduler", "scaler", "update", "epoch", "config", "random_states")
+    needed = ("state_dict", "ema_state_dict", "optimizer", "scheduler", "scaler", "update", "meter", "data", "config", "random_states")
     missing = [name for name in needed if not isinstance(checkpoint, Mapping) or name not in checkpoint]
     if missing:
         raise ValueError(f"{path}: can't be resumed, lacking {', '.join(missing)}; to start from its weights, set pretrained_model_path")
     if config.start_epoch not in (0, checkpoint["epoch"]):
         raise ValueError(f"start_epoch={config.start_epoch}, but {path} stopped in epoch {checkpoint['epoch']}: set start_epoch=0")
     before, now = checkpoint["config"], asdict(config)
+    own = path.parent == config.experiment_dir
+    if own and config.resume not in ("auto", before["resume"]):  # a run that was itself started from there goes on
+        raise ValueError(f"resume={config.resume!r}, but {path} exists: set resume='auto' to go on with it, or another exp_name")
     free = _FREE_TO_CHANGE | ({"epochs"} if config.schedule == "step" else set())
     free |= {"precision"} if config.precision == "auto" else set()
     changed = [name for name in now if name not in free and before.get(name) != now[name]]
@@ -397,7 +451,7 @@ def _check_checkpoint(config: Config, checkpoint: Any, path: Path) -> None:
         raise ValueError(f"{path}: the run was started with other settings ({differences}): set them back, or set another exp_name")
 
 
-def open_validation(config: Config, say: Callable[[str], None]) -> dict[str, dataset.TestImages]:
+def open_validation(config: Config, say: Callable[[str], None]) -> dict[str, dataset.EvaluationSet]:
     """The sets to score during training, each checked and described."""
     sets = dataset.open_test_sets(config.data_root, config.valid_sets, config.upscale_factor, config.degradation)
     for name, images in sets.items():
@@ -405,8 +459,12 @@ def open_validation(config: Config, say: Callable[[str], None]) -> dict[str, dat
     return sets
 
 
-def open_training(config: Config, runtime: Runtime, say: Callable[[str], None]) -> dataset.TrainBatches:
-    """The training sets, checked and described, decoded into the store by the main process if they are not yet."""
+def check_training(config: Config, runtime: Runtime, say: Callable[[str], None]) -> tuple[dict[str, list[dataset.Pair]], NDArray[np.intp]]:
+    """The training sets, checked and described, and the indices of the images that a patch can be cut from."""
+    if not config.train_sets:
+        raise ValueError("train_sets is empty: name at least one, as in --train_sets DIV2K Flickr2K")
+    if config.batch_size % runtime.world_size:
+        raise ValueError(f"batch_size={config.batch_size} can't be shared by {runtime.world_size} processes: set a multiple")
     sets = {}
     for name in config.train_sets:
         sets[name] = dataset.find_pairs(Path(config.data_root) / name, config.upscale_factor, config.degradation)
@@ -416,6 +474,13 @@ def open_training(config: Config, runtime: Runtime, say: Callable[[str], None]) 
     usable = dataset.fit_to_patch(pairs, sizes, config.gt_patch_size, config.small_images)
     if len(usable) < len(pairs):
         say(f"skipping {len(pairs) - len(usable)} of {len(pairs)} training images, smaller than a GT patch of {config.gt_patch_size}")
+    return sets, usable
+
+
+def open_training(
+    config: Config, runtime: Runtime, sets: Mapping[str, Sequence[dataset.Pair]], usable: NDArray[np.intp]
+) -> dataset.TrainBatches:
+    """This process's share of the batches, from the store, which the main process builds where there is none yet."""
     where = (sets, config.upscale_factor, config.degradation, config.cache_dir)
     store = dataset.PairStore.open_or_build(*where) if runtime.is_main else None
     runtime.wait_for_all()
@@ -437,7 +502,7 @@ def describe_run(config: Config, runtime: Runtime, network: nn.Module, precision
     )
 
 
-def _keep_samples(samples: dict[str, imgproc.Picture], images: dataset.TestImages, scale: int) -> Callable[..., None]:
+def _keep_samples(samples: dict[str, imgproc.Picture], images: dataset.EvaluationSet, scale: int) -> Callable[..., None]:
     """Collect the middle of the first three pictures: bicubic, SR and GT side by side."""
     names = [pair.name for pair in images.pairs[:3]]
 

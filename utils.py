@@ -13,8 +13,10 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -42,6 +44,9 @@ def run(main: Callable[[], None]) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -110,11 +115,14 @@ def start_runtime() -> Runtime:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
+        torch.backends.cudnn.deterministic = True  # so that a resumed run replays
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; who wants it fast takes bf16
     else:
         device = torch.device("cpu")
     if world_size > 1 and not torch.distributed.is_initialized():
         fast = device.type == "cuda" and torch.distributed.is_nccl_available()
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if fast else "gloo")
+        patience = timedelta(hours=2)  # others wait while the main process decodes the training images
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if fast else "gloo", timeout=patience)
     return Runtime(device, int(os.environ.get("RANK", 0)), world_size)
 
 
@@ -156,8 +164,8 @@ class EMA:
     def update(self, network: nn.Module, update: int) -> None:
         """Take in the weights after the update number `update`, counted from 1; buffers are copied."""
         decay = min(self.decay, (1 + update) / (10 + update))
-        average = get_ema_multi_avg_fn(decay)  # for all weights in one call; one by one, 1,600 of them keep a GPU waiting
-        average(list(self.network.parameters()), list(network.parameters()), None)
+        average_all = get_ema_multi_avg_fn(decay)  # in one call; one by one, 1,600 tensors keep a GPU waiting
+        average_all(list(self.network.parameters()), list(network.parameters()), None)
         for average, new in zip(self.network.buffers(), network.buffers(), strict=True):
             average.copy_(new)
 
@@ -247,11 +255,20 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     for name, tensor in _tensors(state):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: not written, as {name} is not finite; an older file of this name is untouched")
+    _write_whole(path, lambda file: torch.save(state, file))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    _write_whole(path, lambda file: file.write(text.encode()))
+
+
+def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
-            torch.save(state, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -296,6 +313,7 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
 # The run log
 
 
+@cache  # so that it names the code that this process runs, also when the folder changes meanwhile
 def provenance() -> dict[str, str]:
     """The command, the commit and the versions that made a result."""
     return {
@@ -375,8 +393,14 @@ class RunLog:
 def _keep_lines_until(path: Path, update: int) -> None:
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["update"] <= update]
+        kept = [line for line in lines if _logged_update(line) <= update]
         if kept != lines:
-            part = path.with_name(f".{path.name}.part")
-            part.write_text("".join(kept), encoding="utf-8")
-            os.replace(part, path)
+            write_text(path, "".join(kept))
+
+
+def _logged_update(line: str) -> float:
+    """The update that a line reports, or infinity for a line that was cut off."""
+    try:
+        return json.loads(line)["update"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf

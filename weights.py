@@ -46,18 +46,19 @@ def load(path: str | os.PathLike) -> model.RCAN:
         FileNotFoundError: there is no such file.
         ValueError: it holds no RCAN, or any tensor is missing, unexpected or of another shape. All are listed.
     """
-    return build(_state(read(path), path), path)
+    state, kind = _state(read(path), path)
+    network = build(state, path)
+    network.source = f"{path}, {kind}"
+    return network
 
 
-def describe(path: str | os.PathLike, network: model.RCAN) -> str:
+def describe(network: model.RCAN) -> str:
     """One line on what `load` found."""
-    found = read(path)
     arguments = network.arguments
-    averaged = "averaged weights (EMA)" if "ema_state_dict" in found else "weights as trained"
     size = sum(parameter.numel() for parameter in network.parameters()) / 1e6
     return (
-        f"{path}: RCAN x{network.upscale_factor}, {arguments['num_rg']} groups of {arguments['num_rcab']} blocks, "
-        f"{arguments['channels']} channels, {arguments['attention']} attention, {size:.2f} M parameters, {averaged}"
+        f"RCAN x{network.upscale_factor}, {arguments['num_rg']} groups of {arguments['num_rcab']} blocks, "
+        f"{arguments['channels']} channels, {arguments['attention']} attention, {size:.2f} M parameters; from {network.source}"
     )
 
 
@@ -69,7 +70,7 @@ def build(state: Mapping[str, Tensor], source: str | os.PathLike) -> model.RCAN:
     """
     try:
         network = model.RCAN(**_arguments(state))
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f"{source}: holds no RCAN in the native layout (conv1.…, trunk.…, upsampling.…, conv3.…): {error}") from None
     _check_keys(network, state, source)
     network.load_state_dict(state)
@@ -103,7 +104,7 @@ def transfer(network: model.RCAN, path: str | os.PathLike) -> str:
         )
     network.load_state_dict({**kept, **taken})
     dropped = sorted(given.keys() - taken.keys())
-    lines = [f"started from {path} (x{source.upscale_factor}): {len(taken)} tensors taken: all of {_summary(taken)}"]
+    lines = [f"started from {path} (x{source.upscale_factor}): {len(taken)} of its {len(given)} tensors taken, of {_summary(taken)}"]
     lines += [f"    new, not in the file or of another scale: {', '.join(sorted(kept))}"] if kept else []
     lines += [f"    left out of the file: {', '.join(dropped)}"] if dropped else []
     return "\n".join(lines)
@@ -131,13 +132,13 @@ def export(network: model.RCAN, path: str | os.PathLike, layout: str = "native")
 LAYOUTS = ("native",)
 
 
-def _state(found: Any, source: str | os.PathLike) -> Mapping[str, Tensor]:
-    """The weights in a file: averaged ones before others, a bare state_dict last."""
-    for key in ("ema_state_dict", "state_dict"):
+def _state(found: Any, source: str | os.PathLike) -> tuple[Mapping[str, Tensor], str]:
+    """The weights in a file, and which they are: averaged ones before others, a bare state_dict last."""
+    for key, kind in (("ema_state_dict", "averaged weights (EMA)"), ("state_dict", "weights as trained")):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            return found[key]
-    if isinstance(found, Mapping) and all(isinstance(value, Tensor) for value in found.values()):
-        return found
+            return found[key], kind
+    if isinstance(found, Mapping) and found and all(isinstance(value, Tensor) for value in found.values()):
+        return found, "weights as trained"
     raise ValueError(f"{source}: holds no weights, but {type(found).__name__}; a state_dict or a checkpoint of train.py is needed")
 
 

@@ -4,10 +4,10 @@
 #   bash scripts/quickstart.sh --short    about 1 minute
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
-name=quickstart updates=600
+name=quickstart updates=600 least=0.5
 case "${1:-}" in
   "") ;;
-  --short) name=quickstart_short updates=120 ;;
+  --short) name=quickstart_short updates=120 least=0 ;;
   *) echo "error: unknown option '$1'; known is --short" >&2; exit 2 ;;
 esac
 prepare_environment requirements.txt
@@ -21,15 +21,23 @@ python train.py --model_arch_name rcan_light_x4 --num_rg 2 --num_rcab 2 --exp_na
   --schedule cosine --learning_rate 2e-3 --warmup_updates 30 --clip_grad_norm 0.1 --ema_decay 0.99 \
   --epochs 1 --steps_per_epoch $updates --log_every 20 --eval_every $updates --save_every 200
 echo "== 3 of 5: score it on photographs that it has not seen"
-python test.py --model_path $results/best.pth.tar --exp_name $name --test_sets DemoTest | tee $results/test.txt
+python test.py --model_path $results/best.pth.tar --test_sets DemoTest
 echo "== 4 of 5: upscale a photograph"
 python inference.py --model_path $results/best.pth.tar --input data/DemoTest/GT/chelsea.png --output $results/upscaled
 echo "== 5 of 5: compare"
 python scripts/figure.py --output $results/comparison.png --sr_name "this RCAN" \
   --gt data/DemoTest/GT/{astronaut,chelsea,coffee}.png --sr $results/test/DemoTest/{astronaut,chelsea,coffee}.png
 echo
-echo "Done. On three photographs that it has not seen, the network you have just trained reaches, beside bicubic:"
-grep '^DemoTest' $results/test.txt
+python - $results/test/metrics.json $least <<'END'
+import json, sys
+
+scores = json.load(open(sys.argv[1]))["DemoTest"]
+gain = scores["psnr"] - scores["bicubic"]["psnr"]
+print(f"Done. On three photographs that it has not seen, the network that you have just trained reaches {scores['psnr']:.2f} dB;")
+print(f"bicubic reaches {scores['bicubic']['psnr']:.2f} dB: {gain:+.2f} dB.")
+if gain < float(sys.argv[2]):
+    sys.exit(f"error: {sys.argv[2]} dB more than bicubic were expected; please report this with results/*/log.jsonl")
+END
 echo "  compare  $PWD/$results/comparison.png"
 echo "  weights  $PWD/$results/best.pth.tar"
 echo "  upscaled $PWD/$results/upscaled/chelsea.png (from 451x300 to 1804x1200)"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import get_type_hints
 
 import pytest
 
@@ -72,6 +73,15 @@ def test_what_cannot_be_is_refused_with_the_remedy(settings, message):
         Config(**settings)
 
 
+@pytest.mark.parametrize(("line", "value"), [("batch_size", "16"), ("learning_rate", "1e-4"), ("upscale_factor", 5), ("test_sets", "Set5")])
+def test_a_slip_in_the_edited_file_is_refused(line, value, capsys):
+    hint = get_type_hints(Config)[line]
+    edited = dataclasses.make_dataclass("Edited", [(line, hint, value)], bases=(Config,), frozen=True, kw_only=True)
+    with pytest.raises((ValueError, SystemExit)) as error:
+        parse(edited, "train", [])
+    assert line in f"{error.value} {capsys.readouterr().err}"
+
+
 def test_whole_numbers_do_for_floats():
     assert Config(clip_grad_norm=1).clip_grad_norm == 1
 
@@ -95,9 +105,25 @@ def test_what_follows_is_computed():
 def test_the_weights_to_test_are_given_or_the_best_or_the_released(tmp_path):
     assert Config(results_dir=str(tmp_path)).weights_path == released_weights(4)
     (tmp_path / "rcan_x4").mkdir()
+    (tmp_path / "rcan_x4" / "last.pth.tar").touch()
+    assert Config(results_dir=str(tmp_path)).weights_path == tmp_path / "rcan_x4" / "last.pth.tar"
     (tmp_path / "rcan_x4" / "best.pth.tar").touch()
     assert Config(results_dir=str(tmp_path)).weights_path == tmp_path / "rcan_x4" / "best.pth.tar"
-    assert Config(results_dir=str(tmp_path), model_path="w.pth").weights_path.name == "w.pth"
+    config = Config(results_dir=str(tmp_path), model_path="w.pth")
+    assert config.weights_path.name == "w.pth"
+
+
+@pytest.mark.parametrize(
+    ("settings", "folder"),
+    [
+        ({}, "rcan_light_x4"),
+        ({"model_path": "results/mine/best.pth.tar"}, "mine"),
+        ({"model_path": "downloads/RCAN_x4-DIV2K.pth.tar"}, "RCAN_x4-DIV2K"),
+        ({"model_path": "results/mine/best.pth.tar", "exp_name": "again"}, "again"),
+    ],
+)
+def test_scores_are_filed_under_the_weights_name(tmp_path, settings, folder):
+    assert Config(results_dir=str(tmp_path), **settings).test_dir == tmp_path / folder / "test"
 
 
 def test_improved_settings_restate_only_what_differs():

@@ -13,6 +13,7 @@ import pytest
 from pytest import approx
 
 import imgproc
+import utils
 import weights
 from helpers import REPOSITORY, drawn_picture, noise_picture, tiny, write_set
 
@@ -110,8 +111,12 @@ def test_self_ensemble_is_said_and_differs(place, tested):
     done = command("test.py", *arguments, "--save_images", "False", cwd=place)
     assert done.returncode == 0, done.stderr
     assert "self-ensemble of 8" in done.stdout
-    plus = json.loads((place / "results/plus/test/metrics.json").read_text())["Valid"]["psnr"]
-    assert plus != json.loads((tested[0] / "metrics.json").read_text())["Valid"]["psnr"]
+    metrics = json.loads((place / "results/plus/test/metrics.json").read_text())["Valid"]["images"]
+    network = weights.load(place / "results/run/best.pth.tar")
+    gt = imgproc.crop_to_multiple(imgproc.read_image(place / "data/Valid/GT/a.png"), 3)
+    sr = utils.upscale(network, imgproc.degrade(gt, 3), self_ensemble=True)
+    assert metrics["a"]["psnr"] == approx(imgproc.psnr(sr, gt, 3), abs=1e-3)
+    assert metrics["a"] != json.loads((tested[0] / "metrics.json").read_text())["Valid"]["images"]["a"]
     assert not (place / "results/plus/test/Valid").exists()
 
 
@@ -128,6 +133,16 @@ def test_inference_gives_exactly_the_scale_for_any_size(place, tmp_path):
         assert imgproc.read_image(path).shape == (3 * height, 3 * width, 3)
         assert str(path) in done.stdout
     assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+def test_inference_does_the_others_and_lists_what_failed(place, tmp_path):
+    for name in ("a", "c"):
+        imgproc.write_image(tmp_path / "in" / f"{name}.png", noise_picture(4, 5))
+    (tmp_path / "in" / "b.png").write_bytes(b"")
+    done = command("inference.py", "--model_path", place / "results/run/best.pth.tar", "--input", "in", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "error: 1 of 3 pictures were not upscaled: in/b.png: the file is empty" in done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "c.png"]
 
 
 def test_inference_of_one_file_equals_test(place, tested, tmp_path):
@@ -154,19 +169,20 @@ def test_other_scales_train_and_test(tmp_path, scale):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_a_run_that_is_told_to_stop_saves_itself(place, tmp_path):
     arguments = train_arguments(3, "--epochs", "10000", "--data_root", place / "data", "--cache_dir", place / ".cache")
-    process = subprocess.Popen(
+    process = subprocess.Popen(  # a group of its own, all of which is told, as torchrun and timeout do
         [sys.executable, str(REPOSITORY / "train.py"), *map(str, arguments)],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     log = tmp_path / "results/run/log.jsonl"
     for _ in range(600):
         if log.is_file() and len(log.read_text().splitlines()) > 2:
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "stopped and saved; the same command goes on from here" in out
@@ -181,6 +197,7 @@ def test_a_run_that_is_told_to_stop_saves_itself(place, tmp_path):
     [
         ("train.py", ["--data_root", "nowhere"], 1, "nowhere/Set5: no such folder; put the originals into"),
         ("train.py", ["--model_arch_name", "rcan_x2"], None, "contradicts upscale_factor=4"),
+        ("train.py", ["--use_composite_loss", "True"], 1, "contradicts train.py, which trains with L1 alone"),
         ("train.py", ["--mode", "test"], 1, "mode='test' contradicts this script"),
         ("train.py", ["--epoch", "3"], 2, "--epochs"),
         ("test.py", ["--model_path", "gone.pth"], 1, "gone.pth: no such weights; train them with train.py, or give the path"),

@@ -41,9 +41,9 @@ def test_averaged_weights_are_preferred_and_said(tmp_path):
     torch.save({"state_dict": newest.state_dict(), "ema_state_dict": averaged.state_dict()}, tmp_path / "both.pth")
     network = weights.load(tmp_path / "both.pth")
     assert (network.conv1.weight == 0.125).all()
-    assert "averaged weights (EMA)" in weights.describe(tmp_path / "both.pth", network)
+    assert weights.describe(network).endswith("both.pth, averaged weights (EMA)")
     torch.save({"state_dict": newest.state_dict()}, tmp_path / "one.pth")
-    assert "weights as trained" in weights.describe(tmp_path / "one.pth", weights.load(tmp_path / "one.pth"))
+    assert "weights as trained" in weights.describe(weights.load(tmp_path / "one.pth"))
 
 
 @pytest.mark.parametrize("harm", ["missing", "unexpected", "shape"])
