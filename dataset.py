@@ -276,11 +276,11 @@ class PairStore:
             problem = store._problem(expected)
             if problem is None:
                 return store
+            store._maps.clear()  # some systems don't move files that are open
             if progress:
                 tqdm.write(f"{folder}: {problem}; building it again")
-            store._maps.clear()  # they show the old files
-        _build(store, pairs, expected, progress)
-        return store
+        _build(cls(folder, sizes, upscale_factor), pairs, expected, progress)
+        return cls(folder, sizes, upscale_factor)  # not `store`, which may have mapped the old files
 
     def _problem(self, expected: Mapping[str, Any]) -> str | None:
         """What is wrong with the files on disk, or None."""
@@ -338,6 +338,7 @@ def _build(store: PairStore, pairs: Sequence[Pair], manifest: dict[str, Any], pr
                 os.fsync(written.fileno())
         if store.folder.is_dir() and store._problem(manifest) is None:
             return  # another process was faster
+        store._maps.clear()
         _move_into_place(building, store.folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)

@@ -203,6 +203,7 @@ class Run:
         self.seconds = 0.0  # spent in the loop, over all sittings
         self.best_psnr = -math.inf
         self.best_ssim = 0.0
+        self.warned = False  # of slow data
 
     @property
     def finished(self) -> bool:
@@ -259,6 +260,9 @@ class Run:
         loss = sum(value for name, value in values.items() if name.startswith("loss/"))
         best = f", best {self.best_psnr:.2f} dB" if math.isfinite(self.best_psnr) else ""
         log.write(self.update, values, f"loss {loss:.4f}, waiting for data {values['time/waiting']:.0%}{best}")
+        if values["time/waiting"] > 0.2 and not self.warned:
+            self.warned = True
+            log.say(f"update {self.update}: {values['time/waiting']:.0%} of the time went into waiting for data; raise num_workers")
 
     def evaluate(self, log: utils.RunLog) -> None:
         """Score the averaged weights; the best ones by the PSNR of the first set are kept in best.pth.tar."""
@@ -441,7 +445,8 @@ def _check_checkpoint(config: Config, checkpoint: Any, path: Path) -> None:
         raise ValueError(f"start_epoch={config.start_epoch}, but {path} stopped in epoch {checkpoint['epoch']}: set start_epoch=0")
     before, now = checkpoint["config"], asdict(config)
     own = path.parent == config.experiment_dir
-    if own and config.resume not in ("auto", before["resume"]):  # a run that was itself started from there goes on
+    accepted = {"auto", before["resume"]} - {"never"}  # a run that was itself started from another file goes on
+    if own and config.resume not in accepted:
         raise ValueError(f"resume={config.resume!r}, but {path} exists: set resume='auto' to go on with it, or another exp_name")
     free = _FREE_TO_CHANGE | ({"epochs"} if config.schedule == "step" else set())
     free |= {"precision"} if config.precision == "auto" else set()
