@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The main job on photographs that come with scikit-image, from nothing but Python: train, test, upscale, compare.
-#   bash scripts/quickstart.sh            about 3 minutes on 2 CPU cores, after the installation
+#   bash scripts/quickstart.sh            about 2 to 4 minutes on 2 CPU cores, after the installation
 #   bash scripts/quickstart.sh --short    about 1 minute
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
-name=quickstart updates=600 least=0.5
+name=quickstart updates=800 least=0.5
 case "${1:-}" in
   "") ;;
   --short) name=quickstart_short updates=120 least=0 ;;
