@@ -61,7 +61,7 @@ def draw(curves: dict[str, list[tuple[float, float]]], levels: dict[str, float],
         axes.plot(*zip(*curve, strict=True), label=Path(path).stem)
     for name, level in levels.items():
         axes.axhline(level, color="gray", linewidth=0.8, linestyle="--")
-        axes.annotate(f"{name} {level:.2f}", (0, level), fontsize=8, va="bottom", color="gray")
+        axes.text(0.01, level, f"{name} {level:.2f}", transform=axes.get_yaxis_transform(), fontsize=8, va="bottom", color="gray")
     axes.set(xlabel="wall-clock time (minutes)", ylabel=f"{config.valid_set}, PSNR on Y (dB)")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
