@@ -277,18 +277,20 @@ def test_nothing_is_left_of_a_picture_that_cannot_be_written(tmp_path):
 def broken_files(folder):
     write_image(folder / "whole.png", noise_picture(64, 64))
     Image.fromarray(noise_picture(64, 64)).save(folder / "whole.jpg")
+    deep = cv2.imencode(".png", noise_picture(64, 64).astype(np.uint16) * 257)[1]
     whole = (folder / "whole.png").read_bytes(), (folder / "whole.jpg").read_bytes()
     return {
         "empty.png": b"",
         "cut.png": whole[0][: len(whole[0]) // 2],
         "cut.jpg": whole[1][: len(whole[1]) // 2],
+        "deep.png": deep.tobytes()[: len(deep) // 2],
         "header.png": whole[0][:20],
         "text.png": b"no picture at all",
         "flipped.png": whole[0][:2000] + bytes([whole[0][2000] ^ 255]) + whole[0][2001:],
     }
 
 
-@pytest.mark.parametrize("name", ["empty.png", "cut.png", "cut.jpg", "header.png", "text.png", "flipped.png"])
+@pytest.mark.parametrize("name", ["empty.png", "cut.png", "cut.jpg", "deep.png", "header.png", "text.png", "flipped.png"])
 def test_a_broken_file_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(broken_files(tmp_path)[name])
     with pytest.raises(ValueError, match=f"{name}: ") as error:
