@@ -141,7 +141,7 @@ class Upsampler(nn.Module):
     """Sub-pixel convolution: `factor`² as many channels, laid out as pixels.
 
     The convolution's channels are put in the order (row, column, channel) before it runs, so that laying them out moves
-    whole pixels instead of single values: the same result, and 0.85 of the time of an update on a CPU.
+    whole pixels instead of single values: the same result, and about 0.9 of the time of an update on a CPU (0.8 compiled).
     """
 
     def __init__(self, channels: int, factor: int) -> None:
