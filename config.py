@@ -80,7 +80,7 @@ class Config:
     adversarial_weight: float = 0.001  # of the discriminator's opinion
 
     # Testing
-    model_path: str = ""  # weights; empty: the experiment's best, else the light network of this repository for the scale
+    model_path: str | tuple[str, ...] = ""  # weights, or several; empty: the experiment's best, else this repository's light network
     self_ensemble: bool = False  # mean over the eight turns of the picture (RCAN+); eight times as slow
     save_images: bool = True  # write the upscaled pictures
 
@@ -138,19 +138,32 @@ class Config:
         return {name: value for name, value in sizes.items() if value is not None}
 
     @property
-    def weights_path(self) -> Path:
+    def weights_paths(self) -> tuple[Path, ...]:
         """The weights to test: `model_path`, else the experiment's best or last, else those that come with this repository."""
         if self.model_path:
-            return Path(self.model_path)
+            given = (self.model_path,) if isinstance(self.model_path, str) else self.model_path
+            return tuple(map(Path, given))
         trained = (self.experiment_dir / name for name in _CHECKPOINTS)
-        return next(filter(Path.is_file, trained), released_weights(self.upscale_factor))
+        return (next(filter(Path.is_file, trained), released_weights(self.upscale_factor)),)
 
-    @property
-    def test_dir(self) -> Path:
-        """Where scores and pictures go: results/<exp_name>/test, named after the weights where exp_name is empty."""
-        path = self.weights_path
-        name = path.parent.name if path.name in _CHECKPOINTS else path.name.split(".")[0]
-        return Path(self.results_dir) / (self.exp_name or name) / "test"
+    def test_dir(self, weights: Path | None = None) -> Path:
+        """Where scores and pictures go: results/<exp_name>/test, named after the weights where exp_name is empty.
+
+        Another degradation and self-ensemble have folders of their own (test_BD, test_plus); several weights tested at once have
+        one each, and `None` stands for what they have in common.
+        """
+        kind = "test" + ("" if self.degradation == "BI" else f"_{self.degradation}") + ("_plus" if self.self_ensemble else "")
+        if len(self.weights_paths) == 1:
+            return Path(self.results_dir) / (self.exp_name or weights_name(self.weights_paths[0])) / kind
+        if weights is None:
+            return Path(self.results_dir) / (self.exp_name or "table") / kind
+        own = Path(self.exp_name) / kind / weights_name(weights) if self.exp_name else Path(weights_name(weights)) / kind
+        return Path(self.results_dir) / own
+
+
+def weights_name(path: Path) -> str:
+    """What weights are called in results: a run's folder, or the file's name up to the first dot."""
+    return path.parent.name if path.name in _CHECKPOINTS else path.name.split(".")[0]
 
 
 def released_weights(upscale_factor: int) -> Path:

@@ -190,6 +190,15 @@ class EvaluationSet(Sequence):
         return pair.name, make_lr(pair, gt, self.upscale_factor, self.degradation), gt
 
 
+# Images in the sets that papers score; one less, and the mean is of something else
+BENCHMARKS = {"Set5": 5, "Set14": 14, "B100": 100, "BSD100": 100, "BSDS100": 100, "Urban100": 100, "Manga109": 109}
+
+
+def absent_sets(data_root: str | os.PathLike, names: Sequence[str]) -> list[str]:
+    """Those of the sets that have no folder at all."""
+    return [name for name in names if not (Path(data_root) / name).is_dir()]
+
+
 def open_test_sets(
     data_root: str | os.PathLike, names: Sequence[str], upscale_factor: int, degradation: str = "BI"
 ) -> dict[str, EvaluationSet]:
@@ -197,13 +206,19 @@ def open_test_sets(
 
     Raises:
         FileNotFoundError: a set is missing.
-        ValueError: two sets have one name, or a picture doesn't pair or is too small to be scored.
+        ValueError: two sets have one name, a picture doesn't pair or is too small to be scored, or a set that papers use is not
+            complete.
     """
     sets: dict[str, EvaluationSet] = {}
     for folder in (Path(data_root) / name for name in names):
         if folder.name in sets:
             raise ValueError(f"{folder}: another set is called {folder.name!r} too; rename one folder")
         pairs = find_pairs(folder, upscale_factor, degradation)
+        if len(pairs) != BENCHMARKS.get(folder.name, len(pairs)):
+            raise ValueError(
+                f"{folder}: {len(pairs)} images, but {folder.name} has {BENCHMARKS[folder.name]}; complete it, "
+                "or rename the folder if it is another set"
+            )
         for pair, size in zip(pairs, gt_sizes(pairs, upscale_factor), strict=True):
             if min(size) < 2 * upscale_factor + imgproc.SSIM_WINDOW:
                 raise ValueError(

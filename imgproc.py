@@ -32,7 +32,7 @@ cv2.setNumThreads(0)  # its threads do not survive a fork, as in workers; each c
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is checked instead
 
 # What the decoders raise for broken data
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, struct.error, zlib.error, cv2.error)
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, struct.error, zlib.error, cv2.error)
 
 Picture = NDArray[np.uint8]  # (H, W, 3), RGB
 
@@ -62,7 +62,7 @@ def read_image(path: str | os.PathLike) -> Picture:
         raise ValueError(f"{path}: not an image that can be read here; known are {', '.join(IMAGE_SUFFIXES)}") from None
     except Image.DecompressionBombError:
         raise ValueError(f"{path}: more than {MAX_PIXELS:,} pixels; cut it into parts") from None
-    except _DECODING_ERRORS as error:
+    except DECODING_ERRORS as error:
         raise ValueError(f"{path}: the image is damaged or cut off ({error}); copy or download it again") from None
 
 
@@ -110,7 +110,7 @@ def _decode(data: bytes) -> Picture:
     try:
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
-        deep = _decode_deep(data)  # Pillow doesn't know TIFF with 16-bit colour
+        deep = decode_deep(data)  # Pillow doesn't know TIFF with 16-bit colour
         if deep is None:
             raise
         return _to_rgb8(deep)
@@ -118,18 +118,20 @@ def _decode(data: bytes) -> Picture:
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError
         image.load()
-        if image.mode.startswith(("I", "F")) or _has_16_bits(image, data):  # Pillow would cut or clip these
-            return _to_rgb8(_decode_deep(data))
+        if image.mode.startswith(("I", "F")) or has_16_bits(image, data):  # Pillow would cut or clip these
+            return _to_rgb8(decode_deep(data))
         return np.array(image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else image.convert("RGB"))
 
 
-def _has_16_bits(image: Image.Image, data: bytes) -> bool:
+def has_16_bits(image: Image.Image, data: bytes) -> bool:
+    """Whether a PNG or TIFF file holds 16 bits a sample, which Pillow cuts to 8."""
     if image.format == "TIFF":
         return max(image.tag_v2.get(258, (1,))) == 16  # BitsPerSample, one for each channel
     return data.startswith(b"\x89PNG\r\n\x1a\n") and data[24] == 16  # IHDR: length, name, width, height, bit depth
 
 
-def _decode_deep(data: bytes) -> NDArray | None:
+def decode_deep(data: bytes) -> NDArray | None:
+    """All bits of a file's samples, (H, W) or (H, W, 3 or 4) in the order BGR or BGRA; None where OpenCV can't."""
     return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # BGR, BGRA or gray
 
 
@@ -147,37 +149,58 @@ def _to_rgb8(deep: NDArray | None) -> Picture:
 # MATLAB's bicubic
 
 
-def imresize(image: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:
+def imresize(image: NDArray, scale: float) -> NDArray:
     """MATLAB's `imresize(image, scale, 'bicubic')`, bit for bit.
 
     The size becomes ceil(size * scale). Cubic kernel with a = -0.5, widened when shrinking (antialiasing); taps outside
     the image take the edge pixel; rows first, then columns, each pass rounded to uint8.
 
     Args:
-        image: uint8, (H, W) or (H, W, C).
+        image: uint8 or uint16, (H, W) or (H, W, C); the result is of the same type.
         scale: greater than 0; 1/4 makes LR images for x4.
 
     Raises:
         ValueError: another type or shape, or a scale that is not positive.
     """
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or not image.size:
-        raise ValueError(f"image is {image.dtype} {image.shape}; imresize needs uint8, (H, W) or (H, W, C), not empty")
+    _check_resizable(image)
     if not 0 < scale < math.inf:
         raise ValueError(f"scale={scale} must be a positive number")
-    rows = _resize_first_axis(image, scale)
-    return np.ascontiguousarray(_resize_first_axis(rows.swapaxes(0, 1), scale).swapaxes(0, 1))
+    return _resize(image, (math.ceil(image.shape[0] * scale), math.ceil(image.shape[1] * scale)), (scale, scale))
 
 
-def _resize_first_axis(image: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:
-    weights = _bicubic_weights(image.shape[0], scale)
+def imresize_to(image: NDArray, height: int, width: int) -> NDArray:
+    """MATLAB's `imresize(image, [height width], 'bicubic')`: as `imresize`, to a size, each side with a scale of its own.
+
+    Raises:
+        ValueError: another type or shape, or a side below 1.
+    """
+    _check_resizable(image)
+    if min(height, width) < 1:
+        raise ValueError(f"a picture of {width}x{height} can't be made: each side must be at least 1")
+    return _resize(image, (height, width), (height / image.shape[0], width / image.shape[1]))
+
+
+def _check_resizable(image: NDArray) -> None:
+    if image.dtype not in (np.uint8, np.uint16) or image.ndim not in (2, 3) or not image.size:
+        raise ValueError(f"image is {image.dtype} {image.shape}; imresize needs uint8 or uint16, (H, W) or (H, W, C), not empty")
+
+
+def _resize(image: NDArray, size: tuple[int, int], scales: tuple[float, float]) -> NDArray:
+    rows = _resize_first_axis(image, size[0], scales[0])
+    return np.ascontiguousarray(_resize_first_axis(rows.swapaxes(0, 1), size[1], scales[1]).swapaxes(0, 1))
+
+
+def _resize_first_axis(image: NDArray, new_size: int, scale: float) -> NDArray:
+    weights = _bicubic_weights(image.shape[0], new_size, scale)
     lines = image.reshape(image.shape[0], -1)
-    resized = np.empty((weights.shape[0], lines.shape[1]), np.uint8)
+    peak = np.iinfo(image.dtype).max
+    resized = np.empty((new_size, lines.shape[1]), image.dtype)
     for start in range(0, lines.shape[1], _STRIP):
         strip = slice(start, start + _STRIP)
         values = weights @ lines[:, strip].astype(np.float64)  # taps are added in their order, as MATLAB does
         values += 0.5
-        np.clip(values, 0, 255, out=values)  # 255 + 0.5 is cut to 255, as it would be by rounding first
-        resized[:, strip] = values  # to uint8: drops the fraction, so that halves went up
+        np.clip(values, 0, peak, out=values)  # 255 + 0.5 is cut to 255, as it would be by rounding first
+        resized[:, strip] = values  # to integers: drops the fraction, so that halves went up
     return resized.reshape(-1, *image.shape[1:])
 
 
@@ -185,9 +208,8 @@ _STRIP = 256  # columns at a time, so that float64 copies stay in the cache
 
 
 @lru_cache(maxsize=256)
-def _bicubic_weights(size: int, scale: float) -> sparse.csr_array:
-    """(ceil(size * scale), size): each output pixel as a weighted sum of input pixels."""
-    new_size = math.ceil(size * scale)
+def _bicubic_weights(size: int, new_size: int, scale: float) -> sparse.csr_array:
+    """(new_size, size): each output pixel as a weighted sum of input pixels."""
     support = 4 / min(scale, 1.0)
     taps = math.ceil(support) + 2
     centres = np.arange(1, new_size + 1) / scale + 0.5 * (1 - 1 / scale)  # in input pixels, from 1

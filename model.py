@@ -10,6 +10,7 @@ CBAM: Woo et al., "CBAM: Convolutional Block Attention Module", ECCV 2018.
 The names of the parameters are those of the weights that people download for this repository, so such files load as they are.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -26,14 +27,16 @@ class RCAN(nn.Module):
     Args:
         upscale_factor: 2, 3, 4 or 8.
         channels: width of every feature map between the first and the last convolution.
-        reduction: how many times narrower the bottleneck of the attention is; divides `channels`.
+        reduction: how many times narrower the bottleneck of the attention is, rounded down; at most `channels`.
         num_rg: residual groups.
         num_rcab: residual channel attention blocks in each group.
         attention: "channel" as in the paper, or "cbam".
         mean: RGB in [0, 1], subtracted before the first convolution and added after the last.
+        activation: "relu" as in the paper, or "silu" as in RCAN-it (Lin et al., "Revisiting RCAN", 2022).
+        upsampler_activation: whether an activation follows each step of the upsampler, as in RCAN-it.
 
     Raises:
-        ValueError: for an unknown scale or attention, or a size that can't be built.
+        ValueError: for an unknown scale, attention or activation, or a size that can't be built.
     """
 
     def __init__(
@@ -45,9 +48,12 @@ class RCAN(nn.Module):
         num_rcab: int = 20,
         attention: str = "channel",
         mean: tuple[float, float, float] = DIV2K_MEAN,
+        activation: str = "relu",
+        upsampler_activation: bool = False,
     ) -> None:
         super().__init__()
-        _check_arguments(upscale_factor, channels, reduction, num_rg, num_rcab, attention)
+        _check_choices(upscale_factor, attention, activation)
+        _check_size(channels, reduction, num_rg, num_rcab)
         self.arguments = {
             "upscale_factor": upscale_factor,
             "channels": channels,
@@ -56,14 +62,23 @@ class RCAN(nn.Module):
             "num_rcab": num_rcab,
             "attention": attention,
             "mean": tuple(float(value) for value in mean),
+            "activation": activation,
+            "upsampler_activation": upsampler_activation,
         }
         self.upscale_factor = upscale_factor
         self.register_buffer("mean", torch.tensor(self.arguments["mean"]).view(1, 3, 1, 1))
         self.conv1 = _conv3x3(3, channels)
-        self.trunk = nn.Sequential(*(ResidualGroup(channels, reduction, num_rcab, attention) for _ in range(num_rg)))
+        self.trunk = nn.Sequential(*(ResidualGroup(channels, reduction, num_rcab, attention, activation) for _ in range(num_rg)))
         self.conv2 = _conv3x3(channels, channels)
-        self.upsampling = nn.Sequential(*(Upsampler(channels, factor) for factor in _UPSAMPLING_FACTORS[upscale_factor]))
+        after = activation if upsampler_activation else None
+        self.upsampling = nn.Sequential(*(Upsampler(channels, factor, after) for factor in _UPSAMPLING_FACTORS[upscale_factor]))
         self.conv3 = _conv3x3(channels, 3)
+        for mark in self.marks():  # in the state_dict, so that such weights can never be taken for the paper's
+            self.register_buffer(mark, torch.empty(0))
+
+    def marks(self) -> list[str]:
+        """Names of the empty buffers that say what no other name or shape says; none for the paper's network."""
+        return [mark for mark, (name, value) in MARKS.items() if self.arguments[name] == value]
 
     def forward(self, x: Tensor) -> Tensor:
         """Upscale `x`, RGB in [0, 1]; the result may leave [0, 1] a little, and `x` is left as it was."""
@@ -75,9 +90,9 @@ class RCAN(nn.Module):
 class ResidualGroup(nn.Module):
     """Blocks, a convolution, and the short skip around both (equation 5)."""
 
-    def __init__(self, channels: int, reduction: int, num_rcab: int, attention: str) -> None:
+    def __init__(self, channels: int, reduction: int, num_rcab: int, attention: str, activation: str = "relu") -> None:
         super().__init__()
-        blocks = [ResidualChannelAttentionBlock(channels, reduction, attention) for _ in range(num_rcab)]
+        blocks = [ResidualChannelAttentionBlock(channels, reduction, attention, activation) for _ in range(num_rcab)]
         self.residual_group = nn.Sequential(*blocks, _conv3x3(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,13 +102,13 @@ class ResidualGroup(nn.Module):
 class ResidualChannelAttentionBlock(nn.Module):
     """Two convolutions whose result is weighted by attention, added to the input (equation 12)."""
 
-    def __init__(self, channels: int, reduction: int, attention: str) -> None:
+    def __init__(self, channels: int, reduction: int, attention: str, activation: str = "relu") -> None:
         super().__init__()
         self.residual_channel_attention_block = nn.Sequential(
             _conv3x3(channels, channels),
-            nn.ReLU(),
+            ACTIVATIONS[activation](),
             _conv3x3(channels, channels),
-            ATTENTIONS[attention](channels, reduction),
+            ATTENTIONS[attention](channels, reduction, activation),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,17 +116,24 @@ class ResidualChannelAttentionBlock(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """One factor for each channel, from its average over the whole picture (section 3.3)."""
+    """One factor for each channel, from its average over the whole picture (section 3.3).
 
-    def __init__(self, channels: int, reduction: int) -> None:
+    `gates` are the functions whose results are multiplied in, one after the other.
+    """
+
+    def __init__(self, channels: int, reduction: int, activation: str = "relu") -> None:
         super().__init__()
         self.channel_attention_layer = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
             nn.Conv2d(channels, channels // reduction, 1),
-            nn.ReLU(),
+            ACTIVATIONS[activation](),
             nn.Conv2d(channels // reduction, channels, 1),
             nn.Sigmoid(),
         )
+
+    @property
+    def gates(self) -> tuple[Callable[[Tensor], Tensor], ...]:
+        return (self.channel_attention_layer,)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.channel_attention_layer(x)  # (N, C, h, w) * (N, C, 1, 1)
@@ -123,18 +145,28 @@ class CBAM(nn.Module):
     The multilayer perceptron shares its names with `ChannelAttention`, so that plain RCAN weights are a start for CBAM.
     """
 
-    def __init__(self, channels: int, reduction: int) -> None:
+    def __init__(self, channels: int, reduction: int, activation: str = "relu") -> None:
         super().__init__()
-        self.channel_attention_layer = ChannelAttention(channels, reduction).channel_attention_layer
+        self.channel_attention_layer = ChannelAttention(channels, reduction, activation).channel_attention_layer
         self.spatial_attention_layer = nn.Sequential(nn.Conv2d(2, 1, 7, padding=3), nn.Sigmoid())
 
+    @property
+    def gates(self) -> tuple[Callable[[Tensor], Tensor], ...]:
+        return self.channel_gate, self.spatial_gate
+
     def forward(self, x: Tensor) -> Tensor:
-        average, squeeze, relu, excite, sigmoid = self.channel_attention_layer
+        x = x * self.channel_gate(x)  # (N, C, h, w) * (N, C, 1, 1)
+        return x * self.spatial_gate(x)  # (N, C, h, w) * (N, 1, h, w)
+
+    def channel_gate(self, x: Tensor) -> Tensor:
+        average, squeeze, activation, excite, sigmoid = self.channel_attention_layer
         pooled = torch.stack((average(x), x.amax((2, 3), keepdim=True)))  # (2, N, C, 1, 1)
-        gates = excite(relu(squeeze(pooled.flatten(0, 1)))).view_as(pooled)  # (2, N, C, 1, 1), the same perceptron for both
-        x = x * sigmoid(gates.sum(0))  # (N, C, h, w) * (N, C, 1, 1)
+        gates = excite(activation(squeeze(pooled.flatten(0, 1)))).view_as(pooled)  # (2, N, C, 1, 1), the same perceptron for both
+        return sigmoid(gates.sum(0))  # (N, C, 1, 1), 0..1
+
+    def spatial_gate(self, x: Tensor) -> Tensor:
         summary = torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), 1)  # (N, 2, h, w)
-        return x * self.spatial_attention_layer(summary)  # (N, C, h, w) * (N, 1, h, w)
+        return self.spatial_attention_layer(summary)  # (N, 1, h, w), 0..1
 
 
 class Upsampler(nn.Module):
@@ -144,21 +176,26 @@ class Upsampler(nn.Module):
     whole pixels instead of single values: the same result, and about 0.9 of the time of an update on a CPU (0.8 compiled).
     """
 
-    def __init__(self, channels: int, factor: int) -> None:
+    def __init__(self, channels: int, factor: int, activation: str | None = None) -> None:
         super().__init__()
         self.upsample_block = nn.Sequential(_conv3x3(channels, channels * factor**2), nn.PixelShuffle(factor))
+        if activation:
+            self.upsample_block.append(ACTIVATIONS[activation]())
 
     def forward(self, x: Tensor) -> Tensor:
-        convolution, shuffle = self.upsample_block
+        convolution, shuffle, *activation = self.upsample_block
         factor, channels = shuffle.upscale_factor, convolution.in_channels
         weight = convolution.weight.unflatten(0, (channels, factor**2)).transpose(0, 1).flatten(0, 1)
         bias = convolution.bias.unflatten(0, (channels, factor**2)).t().flatten()
         x = functional.conv2d(x, weight, bias, padding=1).movedim(1, 3)  # (N, h, w, factor factor C)
         x = x.unflatten(3, (factor, factor, channels)).transpose(2, 3)  # (N, h, factor, w, factor, C)
-        return x.flatten(3, 4).flatten(1, 2).movedim(3, 1)  # (N, C, factor h, factor w)
+        x = x.flatten(3, 4).flatten(1, 2).movedim(3, 1)  # (N, C, factor h, factor w)
+        return activation[0](x) if activation else x
 
 
 ATTENTIONS = {"channel": ChannelAttention, "cbam": CBAM}
+ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
+MARKS = {"silu": ("activation", "silu"), "upsampler_activation": ("upsampler_activation", True)}  # buffer: the argument it stands for
 _UPSAMPLING_FACTORS = {2: (2,), 3: (3,), 4: (2, 2), 8: (2, 2, 2)}
 
 PAPER_SIZE = {"channels": 64, "reduction": 16, "num_rg": 10, "num_rcab": 20}
@@ -179,13 +216,16 @@ def _conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
 
-def _check_arguments(upscale_factor: int, channels: int, reduction: int, num_rg: int, num_rcab: int, attention: str) -> None:
-    if upscale_factor not in SCALES:
-        raise ValueError(f"upscale_factor={upscale_factor!r} is unknown; known are {', '.join(map(str, SCALES))}")
-    if attention not in ATTENTIONS:
-        raise ValueError(f"attention={attention!r} is unknown; known are {', '.join(map(repr, ATTENTIONS))}")
-    if min(channels, reduction, num_rg, num_rcab) < 1 or channels % reduction:
+def _check_choices(upscale_factor: int, attention: str, activation: str) -> None:
+    choices = {"upscale_factor": (upscale_factor, SCALES), "attention": (attention, ATTENTIONS), "activation": (activation, ACTIVATIONS)}
+    for name, (value, known) in choices.items():
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is unknown; known are {', '.join(map(repr, known))}")
+
+
+def _check_size(channels: int, reduction: int, num_rg: int, num_rcab: int) -> None:
+    if min(channels, reduction, num_rg, num_rcab) < 1 or reduction > channels:
         raise ValueError(
             f"channels={channels}, reduction={reduction}, num_rg={num_rg}, num_rcab={num_rcab} can't be built: "
-            "all must be at least 1, and reduction must divide channels"
+            "all must be at least 1, and reduction at most channels"
         )

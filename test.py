@@ -1,83 +1,209 @@
-"""Score weights on benchmark sets:
+"""Score weights on benchmark sets, beside bicubic and the paper:
 
     python test.py --model_path results/rcan_x4/best.pth.tar --data_root data --test_sets Set5 Set14 B100
+    python test.py --model_path x2.pt x3.pt x4.pt x8.pt --test_sets Set5 Set14 B100 Urban100 Manga109 --self_ensemble True
 
 The network is rebuilt from the file alone; the settings of its training need not be given. Pictures, metrics.json, metrics.csv and
-report.txt go to results/<exp_name>/test, named after the weights where exp_name is empty. Scores are those of the pictures as
-written, by the papers' protocol.
+report.md go to results/<exp_name>/test, named after the weights where exp_name is empty; several weights have a folder each, and
+results/table/test for all together. Scores are those of the pictures as written, by the papers' protocol.
 """
 
 import csv
 import io
 import json
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import dataset
 import imgproc
+import model
 import utils
 import weights
-from config import Config, parse
-from utils import Scores
+from config import Config, parse, weights_name
+from upscaling import upscale
+from utils import Runtime, Scores
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one file of weights scored: {set: scores} for each method, "network" being that of the written pictures."""
+
+    name: str
+    upscale_factor: int
+    description: str
+    scores: Mapping[str, Mapping[str, Scores]]  # {"bicubic" | "network" | "plain": {set: …}}
+    peak_memory: float | None  # GiB
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Score `model_path` on `test_sets`, beside bicubic."""
+    """Score every file of `model_path` on `test_sets`."""
     config = parse(Config, "test", argv)
     runtime = utils.start_runtime()
-    network = weights.load(config.weights_path).to(runtime.device)
+    networks = {path: weights.load(path) for path in config.weights_paths}  # before anything is scored, so that a mistake costs no time
+    names = [weights_name(path) for path in networks]
+    if len(set(names)) < len(names) or len(networks) < len(config.weights_paths):
+        raise ValueError(f"model_path={config.model_path!r}: two would be filed under one name ({', '.join(names)}); rename one")
+    present, absent = find_sets(config)
+    sets = {path: dataset.open_test_sets(config.data_root, present, network.upscale_factor, config.degradation)
+            for path, network in networks.items()}  # fmt: skip
+    if runtime.is_main:
+        warn(networks, absent, config)
+    results = []
+    for path, network in networks.items():
+        if runtime.is_main:
+            print(weights.describe(network))
+        results.append(score(path, network.to(runtime.device), sets[path], config, runtime))
+        network.cpu()
+        if runtime.is_main:
+            write(config.test_dir(path), results[-1:], absent, config)
+    if runtime.is_main:
+        if len(results) > 1:
+            write(config.test_dir(), results, absent, config)
+        print(report(results, absent, config))
+        print(f"\n{'pictures and ' if config.save_images else ''}metrics: {config.test_dir().absolute()}")
+
+
+def find_sets(config: Config) -> tuple[list[str], list[str]]:
+    """The sets to score, and those that are absent; none at all is an error."""
     if not config.test_sets:
         raise ValueError("test_sets is empty: name at least one, as in --test_sets Set5 Set14")
-    sets = dataset.open_test_sets(config.data_root, config.test_sets, network.upscale_factor, config.degradation)
-    if runtime.is_main:
-        print(weights.describe(network))
-    sr_scores, bicubic_scores = {}, {}
+    absent = dataset.absent_sets(config.data_root, config.test_sets)
+    present = [name for name in config.test_sets if name not in absent]
+    return (present, absent) if present else (list(config.test_sets), [])  # opening them says what is wrong
+
+
+def warn(networks: Mapping[Path, model.RCAN], absent: Sequence[str], config: Config) -> None:
+    """Say what makes the scores other than a person may expect."""
+    for name in absent:
+        print(f"warning: {Path(config.data_root) / name}: no such folder; {name} is not scored", file=sys.stderr)
+    for path, network in networks.items():
+        if network.degradation not in (None, config.degradation):
+            print(
+                f"warning: {path} was trained for degradation={network.degradation!r}, but is tested on {config.degradation!r}; "
+                f"its scores are not comparable with those on {network.degradation!r}",
+                file=sys.stderr,
+            )
+
+
+def score(path: Path, network: model.RCAN, sets: Mapping[str, dataset.EvaluationSet], config: Config, runtime: Runtime) -> Result:
+    """Upscale and score every picture of every set."""
+    scale = network.upscale_factor
+    methods = {"bicubic": partial(imgproc.imresize, scale=scale)}
+    if config.self_ensemble:
+        methods["plain"] = partial(upscale, network)
+    methods["network"] = partial(upscale, network, self_ensemble=config.self_ensemble)
+    scores: dict[str, dict[str, Scores]] = {method: {} for method in methods}
+    utils.reset_peak_memory(runtime.device)
     for name, images in sets.items():
-        write = partial(_write_picture, config.test_dir / name) if config.save_images else None
-        upscaler = partial(utils.upscale, network, self_ensemble=config.self_ensemble)
-        sr_scores[name] = utils.evaluate(upscaler, images, network.upscale_factor, runtime, write, progress=name)
-        bicubic = partial(imgproc.imresize, scale=network.upscale_factor)
-        bicubic_scores[name] = utils.evaluate(bicubic, images, network.upscale_factor, runtime)
-    if runtime.is_main:
-        report = table(sr_scores, bicubic_scores, network.upscale_factor, config)
-        print(report)
-        about = "\n".join(f"{name} {value}" for name, value in utils.provenance().items())
-        utils.write_text(config.test_dir / "report.txt", f"{weights.describe(network)}\n{report}\n\n{about}\n")
-        write_metrics(config.test_dir, sr_scores, bicubic_scores)
-        print(f"{'pictures and ' if config.save_images else ''}metrics: {config.test_dir.absolute()}")
-
-
-def table(sr: Mapping[str, Scores], bicubic: Mapping[str, Scores], upscale_factor: int, config: Config) -> str:
-    """The scores for reading, with the protocol that they were made by."""
-    ensemble = "self-ensemble of 8" if config.self_ensemble else "no self-ensemble"
-    lines = [
-        f"x{upscale_factor}, {config.degradation}: {utils.PROTOCOL.format(scale=upscale_factor)}, whole pictures, fp32, {ensemble}",
-        f"{'':12} {'images':>6}   {'this network':>16}   {'bicubic':>16}   {'gain':>8}",
-    ]
-    for name, scores in sr.items():
-        ours, theirs = (f"{entry['psnr']:7.3f} / {entry['ssim']:.4f}" for entry in (scores, bicubic[name]))
-        gain = scores["psnr"] - bicubic[name]["psnr"]
-        lines.append(f"{name:12} {len(scores['images']):6}   {ours:>16}   {theirs:>16}   {gain:+5.2f} dB")
-    return "\n".join(lines)
-
-
-def write_metrics(folder: Path, sr: Mapping[str, Scores], bicubic: Mapping[str, Scores]) -> None:
-    """metrics.json, and the same by picture in metrics.csv."""
-    text = json.dumps({name: {**scores, "bicubic": bicubic[name]} for name, scores in sr.items()}, indent=2)
-    utils.write_text(folder / "metrics.json", text + "\n")
-    rows = io.StringIO()
-    writer = csv.writer(rows)
-    writer.writerow(("set", "image", "psnr", "ssim", "bicubic_psnr", "bicubic_ssim"))
-    for name, scores in sr.items():
-        for image, score in {**scores["images"], "mean": scores}.items():
-            plain = bicubic[name]["images"].get(image, bicubic[name])
-            writer.writerow((name, image, score["psnr"], score["ssim"], plain["psnr"], plain["ssim"]))
-    utils.write_text(folder / "metrics.csv", rows.getvalue())
+        for method, upscaler in methods.items():
+            written = config.save_images and method == "network"
+            save = partial(_write_picture, config.test_dir(path) / name) if written else None
+            label = {"bicubic": "", "plain": f"{name}, plain"}.get(method, name)
+            scores[method][name] = utils.evaluate(upscaler, images, scale, runtime, save, progress=label)
+    return Result(weights_name(path), scale, weights.describe(network), scores, utils.peak_memory(runtime.device))
 
 
 def _write_picture(folder: Path, name: str, _lr: imgproc.Picture, sr: imgproc.Picture, _gt: imgproc.Picture) -> None:
     imgproc.write_image(folder / f"{name}.png", sr)
+
+
+# Reports
+
+
+# As published in the paper's tables 2 and 3 for BI, PSNR in dB and SSIM; that of RCAN+ at x4
+PAPER = {
+    2: {
+        "bicubic": "33.66 / .9299, 30.24 / .8688, 29.56 / .8431, 26.88 / .8403, 30.80 / .9339",
+        "RCAN": "38.27 / .9614, 34.12 / .9216, 32.41 / .9027, 33.34 / .9384, 39.44 / .9786",
+    },
+    3: {
+        "bicubic": "30.39 / .8682, 27.55 / .7742, 27.21 / .7385, 24.46 / .7349, 26.95 / .8556",
+        "RCAN": "34.74 / .9299, 30.65 / .8482, 29.32 / .8111, 29.09 / .8702, 34.44 / .9499",
+    },
+    4: {
+        "bicubic": "28.42 / .8104, 26.00 / .7027, 25.96 / .6675, 23.14 / .6577, 24.89 / .7866",
+        "RCAN": "32.63 / .9002, 28.87 / .7889, 27.77 / .7436, 26.82 / .8087, 31.22 / .9173",
+        "RCAN+": "32.73 / .9013, 28.98 / .7910, 27.85 / .7455, 27.10 / .8142, 31.65 / .9208",
+    },
+    8: {
+        "bicubic": "24.40 / .6580, 23.10 / .5660, 23.67 / .5480, 20.74 / .5160, 21.47 / .6500",
+        "RCAN": "27.31 / .7878, 25.23 / .6511, 24.98 / .6058, 23.00 / .6452, 25.24 / .8029",
+    },
+}
+PAPER_SETS = ("Set5", "Set14", "B100", "Urban100", "Manga109")
+
+
+def report(results: Sequence[Result], absent: Sequence[str], config: Config) -> str:
+    """The scores as Markdown: a table for each scale, with the protocol that they were made by."""
+    protocol = utils.PROTOCOL.format(scale="scale" if len(results) > 1 else results[0].upscale_factor)
+    ensemble = "self-ensemble of 8 (+)" if config.self_ensemble else "no self-ensemble"
+    parts = [f"{config.degradation}: {protocol}, whole pictures, fp32, {ensemble}"]
+    parts += [_table([result for result in results if result.upscale_factor == scale], scale, config)
+              for scale in dict.fromkeys(result.upscale_factor for result in results)]  # fmt: skip
+    if absent:
+        parts.append(f"Not scored, as there is no such folder in {config.data_root}: {', '.join(absent)}.")
+    return "\n\n".join(parts)
+
+
+def _table(results: Sequence[Result], scale: int, config: Config) -> str:
+    sets = list(results[0].scores["network"])
+    rows = [[f"x{scale}, {config.degradation}", *sets], ["---"] * (1 + len(sets))]
+    rows.append(["bicubic", *(_cell(results[0].scores["bicubic"][name]) for name in sets)])
+    for result in results:
+        if "plain" in result.scores:
+            rows.append([f"**{result.name}**", *(_cell(result.scores["plain"][name]) for name in sets)])
+        label = result.name + ("+" if config.self_ensemble else "")
+        rows.append([f"**{label}**", *(_cell(result.scores["network"][name]) for name in sets)])
+        rows.append([f"{label}: seconds an image", *(f"{result.scores['network'][name]['seconds']:.2f}" for name in sets)])
+        if result.peak_memory is not None:
+            rows.append([f"{label}: peak memory, GiB", f"{result.peak_memory:.2f}", *[""] * (len(sets) - 1)])
+    if config.degradation == "BI":
+        rows += [[f"*paper: {method}*", *_published(row, sets)] for method, row in PAPER[scale].items()
+                 if config.self_ensemble or method != "RCAN+"]  # fmt: skip
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cell(scores: Scores) -> str:
+    return f"{scores['psnr']:.2f} / {scores['ssim']:.4f}".replace("/ 0.", "/ .")
+
+
+def _published(row: str, sets: Sequence[str]) -> list[str]:
+    known = dict(zip(PAPER_SETS, row.split(", "), strict=True))
+    return [known.get({"BSD100": "B100", "BSDS100": "B100"}.get(name, name), "–") for name in sets]
+
+
+def write(folder: Path, results: Sequence[Result], absent: Sequence[str], config: Config) -> None:
+    """metrics.json, the same by picture in metrics.csv, and report.md."""
+    metrics: dict[str, Any] = {result.name: _metrics(result) for result in results}
+    utils.write_text(folder / "metrics.json", json.dumps(metrics if len(results) > 1 else metrics[results[0].name], indent=2) + "\n")
+    utils.write_text(folder / "metrics.csv", _rows(results))
+    about = "\n".join(f"- {name}: {value}" for name, value in utils.provenance().items())
+    descriptions = "\n".join(f"- {result.description}" for result in results)
+    utils.write_text(folder / "report.md", f"{report(results, absent, config)}\n\n{descriptions}\n{about}\n")
+
+
+def _metrics(result: Result) -> dict[str, Any]:
+    others = [method for method in result.scores if method != "network"]
+    return {
+        name: {**scores, **{method: result.scores[method][name] for method in others}} for name, scores in result.scores["network"].items()
+    }
+
+
+def _rows(results: Sequence[Result]) -> str:
+    rows = io.StringIO()
+    writer = csv.writer(rows)
+    writer.writerow(("weights", "upscale_factor", "set", "image", "psnr", "ssim", "bicubic_psnr", "bicubic_ssim"))
+    for result in results:
+        for name, scores in result.scores["network"].items():
+            bicubic = result.scores["bicubic"][name]
+            for image, own in {**scores["images"], "mean": scores}.items():
+                plain = bicubic["images"].get(image, bicubic)
+                writer.writerow((result.name, result.upscale_factor, name, image, own["psnr"], own["ssim"], plain["psnr"], plain["ssim"]))
+    return rows.getvalue()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import model
 import utils
 import weights
 from config import Config, parse
+from upscaling import upscale
 from utils import Runtime
 
 
@@ -271,9 +272,7 @@ class Run:
         samples: dict[str, imgproc.Picture] = {}
         for name, images in self.validation.items():
             keep = _keep_samples(samples, images, self.config.upscale_factor) if not scores else None
-            found = utils.evaluate(
-                lambda lr: utils.upscale(self.ema.network, lr), images, self.config.upscale_factor, self.runtime, keep, name
-            )
+            found = utils.evaluate(lambda lr: upscale(self.ema.network, lr), images, self.config.upscale_factor, self.runtime, keep, name)
             scores |= {f"{name}/psnr": found["psnr"], f"{name}/ssim": found["ssim"]}
         if not scores:
             return

@@ -7,9 +7,11 @@ import math
 import os
 import platform
 import random
+import re
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -170,39 +172,10 @@ class EMA:
             average.copy_(new)
 
 
-# Upscaling and evaluation
+# Evaluation
 
 
-@torch.inference_mode()
-def upscale(network: nn.Module, lr: imgproc.Picture, self_ensemble: bool = False) -> imgproc.Picture:
-    """Upscale uint8 (h, w, 3) to uint8 (scale h, scale w, 3), in fp32 and in one piece.
-
-    Args:
-        self_ensemble: the mean over the eight turns of the picture (RCAN+).
-
-    Raises:
-        ValueError: the network's output is not finite.
-    """
-    device = next(network.parameters()).device
-    pixels = torch.from_numpy(np.ascontiguousarray(lr)).to(device).permute(2, 0, 1)[None].to(torch.float32) / 255  # (1, 3, h, w)
-    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
-    with exact:
-        sr = _mean_over_turns(network, pixels) if self_ensemble else network(pixels)
-    if not torch.isfinite(sr).all():
-        raise ValueError(f"the network's output for a picture of {lr.shape[1]}x{lr.shape[0]} is not finite; are its weights damaged?")
-    return sr[0].float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-
-
-def _mean_over_turns(network: nn.Module, pixels: Tensor) -> Tensor:
-    total = 0
-    for orientation in range(8):
-        turned = torch.rot90(pixels.flip(3) if orientation >= 4 else pixels, orientation % 4, (2, 3))
-        back = torch.rot90(network(turned), -(orientation % 4), (2, 3))
-        total = total + (back.flip(3) if orientation >= 4 else back)
-    return total / 8
-
-
-Scores = dict[str, Any]  # {"psnr": dB, "ssim": 0..1, "images": {name: {"psnr": …, "ssim": …}}}
+Scores = dict[str, Any]  # {"psnr": dB, "ssim": 0..1, "seconds": to upscale an image, "images": {name: {"psnr": …, "ssim": …}}}
 
 
 def evaluate(
@@ -222,10 +195,12 @@ def evaluate(
         progress: a label for a progress bar, or none.
     """
     mine = range(runtime.rank, len(images), runtime.world_size)
-    scores = {}
+    scores, seconds = {}, {}
     for index in tqdm(mine, progress, unit="image", leave=False, disable=not (progress and runtime.is_main)):
         name, lr, gt = images[index]
+        start = time.perf_counter()
         sr = upscaler(lr)
+        seconds[name] = time.perf_counter() - start
         scores[name] = {
             "psnr": imgproc.psnr(sr, gt, upscale_factor),
             "ssim": imgproc.ssim(sr, gt, upscale_factor),
@@ -234,13 +209,39 @@ def evaluate(
             on_image(name, lr, sr, gt)
     if runtime.world_size > 1:
         parts: list[Any] = [None] * runtime.world_size
-        torch.distributed.all_gather_object(parts, scores)
-        scores = {name: score for part in parts for name, score in part.items()}
+        torch.distributed.all_gather_object(parts, (scores, seconds))
+        scores = {name: score for part, _ in parts for name, score in part.items()}
+        seconds = {name: value for _, part in parts for name, value in part.items()}
     scores = dict(sorted(scores.items()))
-    return {**{metric: float(np.mean([score[metric] for score in scores.values()])) for metric in ("psnr", "ssim")}, "images": scores}
+    means = {metric: float(np.mean([score[metric] for score in scores.values()])) for metric in ("psnr", "ssim")}
+    return {**means, "seconds": float(np.mean(list(seconds.values()))), "images": scores}
 
 
 PROTOCOL = "PSNR in dB and SSIM on Y of YCbCr, {scale} border pixels dropped, pictures as written (uint8)"
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin to measure `peak_memory` anew, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak stays that of the whole process
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """GiB that were in use at once: allocated on a GPU, or this whole process's on a CPU; None where it can't be known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(found[1]) / 2**20
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 # Checkpoints

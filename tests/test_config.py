@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import get_type_hints
 
 import pytest
@@ -103,27 +104,40 @@ def test_what_follows_is_computed():
 
 
 def test_the_weights_to_test_are_given_or_the_best_or_the_released(tmp_path):
-    assert Config(results_dir=str(tmp_path)).weights_path == released_weights(4)
+    assert Config(results_dir=str(tmp_path)).weights_paths == (released_weights(4),)
     (tmp_path / "rcan_x4").mkdir()
     (tmp_path / "rcan_x4" / "last.pth.tar").touch()
-    assert Config(results_dir=str(tmp_path)).weights_path == tmp_path / "rcan_x4" / "last.pth.tar"
+    assert Config(results_dir=str(tmp_path)).weights_paths == (tmp_path / "rcan_x4" / "last.pth.tar",)
     (tmp_path / "rcan_x4" / "best.pth.tar").touch()
-    assert Config(results_dir=str(tmp_path)).weights_path == tmp_path / "rcan_x4" / "best.pth.tar"
-    config = Config(results_dir=str(tmp_path), model_path="w.pth")
-    assert config.weights_path.name == "w.pth"
+    assert Config(results_dir=str(tmp_path)).weights_paths == (tmp_path / "rcan_x4" / "best.pth.tar",)
+    assert Config(results_dir=str(tmp_path), model_path="w.pth").weights_paths == (Path("w.pth"),)
+    assert Config(results_dir=str(tmp_path), model_path=("a.pth", "b.pth")).weights_paths == (Path("a.pth"), Path("b.pth"))
+    assert parse(Config, "test", ["--model_path", "a.pth", "b.pth"]).model_path == ("a.pth", "b.pth")
+    assert parse(Config, "test", ["--model_path", "a.pth"]).model_path == "a.pth"
 
 
 @pytest.mark.parametrize(
     ("settings", "folder"),
     [
-        ({}, "rcan_light_x4"),
-        ({"model_path": "results/mine/best.pth.tar"}, "mine"),
-        ({"model_path": "downloads/RCAN_x4-DIV2K.pth.tar"}, "RCAN_x4-DIV2K"),
-        ({"model_path": "results/mine/best.pth.tar", "exp_name": "again"}, "again"),
+        ({}, "rcan_light_x4/test"),
+        ({"model_path": "results/mine/best.pth.tar"}, "mine/test"),
+        ({"model_path": "downloads/RCAN_x4-DIV2K.pth.tar"}, "RCAN_x4-DIV2K/test"),
+        ({"model_path": "results/mine/best.pth.tar", "exp_name": "again"}, "again/test"),
+        ({"degradation": "BD"}, "rcan_light_x4/test_BD"),
+        ({"self_ensemble": True}, "rcan_light_x4/test_plus"),
+        ({"degradation": "DN", "self_ensemble": True}, "rcan_light_x4/test_DN_plus"),
+        ({"model_path": ("a.pth", "b.pth")}, "table/test"),
+        ({"model_path": ("a.pth", "b.pth"), "exp_name": "all"}, "all/test"),
     ],
 )
-def test_scores_are_filed_under_the_weights_name(tmp_path, settings, folder):
-    assert Config(results_dir=str(tmp_path), **settings).test_dir == tmp_path / folder / "test"
+def test_scores_are_filed_under_the_weights_name_and_the_protocol(tmp_path, settings, folder):
+    assert Config(results_dir=str(tmp_path), **settings).test_dir() == tmp_path / folder
+
+
+def test_several_weights_have_a_folder_each(tmp_path):
+    both = {"results_dir": str(tmp_path), "model_path": ("x/a.pth", "run/best.pth.tar")}
+    assert Config(**both).test_dir(Path("run/best.pth.tar")) == tmp_path / "run" / "test"
+    assert Config(**both, exp_name="all").test_dir(Path("x/a.pth")) == tmp_path / "all" / "test" / "a"
 
 
 def test_improved_settings_restate_only_what_differs():

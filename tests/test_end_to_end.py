@@ -10,12 +10,13 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from pytest import approx
 
 import imgproc
-import utils
 import weights
 from helpers import REPOSITORY, drawn_picture, noise_picture, tiny, write_set
+from upscaling import upscale
 
 SMALL = ["--channels", "8", "--reduction", "4", "--num_rg", "1", "--num_rcab", "2"]
 
@@ -75,7 +76,7 @@ def test_the_same_command_again_has_nothing_to_do(place):
 @pytest.fixture(scope="module")
 def tested(place):
     # no word about the network's size: the file alone says it
-    done = command("test.py", "--model_path", "results/run/best.pth.tar", "--exp_name", "run", "--test_sets", "Valid", cwd=place)
+    done = command("test.py", "--model_path", "results/run/best.pth.tar", "--test_sets", "Valid", cwd=place)
     assert done.returncode == 0, done.stderr
     return place / "results" / "run" / "test", done.stdout
 
@@ -96,7 +97,11 @@ def test_the_scores_are_those_of_the_written_pictures(place, tested):
         bicubic = imgproc.imresize(imgproc.degrade(gt, 3), 3)
         assert metrics["bicubic"]["images"][name]["psnr"] == imgproc.psnr(bicubic, gt, 3)
     assert metrics["psnr"] == approx(np.mean([score["psnr"] for score in metrics["images"].values()]), abs=1e-12)
-    assert f"{metrics['psnr']:.3f} / {metrics['ssim']:.4f}" in said
+    ssim = f"{metrics['ssim']:.4f}"[1:]
+    assert f"| **run** | {metrics['psnr']:.2f} / {ssim} |" in said
+    assert (folder / "report.md").read_text().startswith(said[said.index("BI: PSNR") : said.index("\n\npictures and metrics")])
+    assert "| *paper: RCAN* | – |" in said  # which has no figures for this set
+    assert 0 < metrics["seconds"] < 60
     assert "on Y of YCbCr, 3 border pixels dropped" in said
     assert "no self-ensemble" in said
     rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
@@ -107,17 +112,52 @@ def test_the_scores_are_those_of_the_written_pictures(place, tested):
 
 
 def test_self_ensemble_is_said_and_differs(place, tested):
-    arguments = ["--model_path", "results/run/best.pth.tar", "--exp_name", "plus", "--test_sets", "Valid", "--self_ensemble", "True"]
+    arguments = ["--model_path", "results/run/best.pth.tar", "--test_sets", "Valid", "--self_ensemble", "True"]
     done = command("test.py", *arguments, "--save_images", "False", cwd=place)
     assert done.returncode == 0, done.stderr
     assert "self-ensemble of 8" in done.stdout
-    metrics = json.loads((place / "results/plus/test/metrics.json").read_text())["Valid"]["images"]
+    metrics = json.loads((place / "results/run/test_plus/metrics.json").read_text())["Valid"]
     network = weights.load(place / "results/run/best.pth.tar")
     gt = imgproc.crop_to_multiple(imgproc.read_image(place / "data/Valid/GT/a.png"), 3)
-    sr = utils.upscale(network, imgproc.degrade(gt, 3), self_ensemble=True)
-    assert metrics["a"]["psnr"] == approx(imgproc.psnr(sr, gt, 3), abs=1e-3)
-    assert metrics["a"] != json.loads((tested[0] / "metrics.json").read_text())["Valid"]["images"]["a"]
-    assert not (place / "results/plus/test/Valid").exists()
+    sr = upscale(network, imgproc.degrade(gt, 3), self_ensemble=True)
+    assert metrics["images"]["a"]["psnr"] == approx(imgproc.psnr(sr, gt, 3), abs=1e-3)
+    plain = json.loads((tested[0] / "metrics.json").read_text())["Valid"]  # not overwritten
+    assert metrics["plain"]["images"] == plain["images"] != metrics["images"]
+    for label, scores in (("run", plain), ("run+", metrics)):
+        assert f"| **{label}** | {scores['psnr']:.2f} / " in done.stdout
+    assert not (place / "results/run/test_plus/Valid").exists()
+
+
+def test_several_weights_make_one_table(tmp_path):
+    write_set(tmp_path / "data" / "Set5", [(64, 64)] * 5)
+    for scale in (2, 4):
+        network = tiny(scale)
+        network.degradation = "BI"
+        weights.export(network, tmp_path / f"w{scale}.safetensors")
+    arguments = ["--model_path", "w2.safetensors", "w4.safetensors", "--test_sets", "Set5", "Urban100"]
+    done = command("test.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "warning: data/Urban100: no such folder; Urban100 is not scored" in done.stderr
+    report = (tmp_path / "results/table/test/report.md").read_text()
+    assert "Not scored, as there is no such folder in data: Urban100." in report
+    together = json.loads((tmp_path / "results/table/test/metrics.json").read_text())
+    for scale, published in ((2, "38.27 / .9614"), (4, "32.63 / .9002")):
+        alone = json.loads((tmp_path / f"results/w{scale}/test/metrics.json").read_text())
+        assert together[f"w{scale}"] == alone
+        assert len(list((tmp_path / f"results/w{scale}/test/Set5").iterdir())) == 5
+        assert f"| x{scale}, BI | Set5 |" in report
+        assert f"| *paper: RCAN* | {published} |" in report
+        assert f"| **w{scale}** | {alone['Set5']['psnr']:.2f} / " in report
+    rows = list(csv.DictReader((tmp_path / "results/table/test/metrics.csv").read_text().splitlines()))
+    assert [row["upscale_factor"] for row in rows] == ["2"] * 6 + ["4"] * 6
+    assert "RCAN+" not in report  # not asked for
+    assert "w2: peak memory, GiB" in report
+    for degradation in ("BD", "DN"):
+        done = command("test.py", "--model_path", "w2.safetensors", "--test_sets", "Set5", "--degradation", degradation, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert f"warning: w2.safetensors was trained for degradation='BI', but is tested on '{degradation}'" in done.stderr
+        assert (tmp_path / f"results/w2/test_{degradation}/metrics.json").is_file()
+        assert "paper" not in done.stdout
 
 
 def test_inference_gives_exactly_the_scale_for_any_size(place, tmp_path):
@@ -141,7 +181,7 @@ def test_inference_does_the_others_and_lists_what_failed(place, tmp_path):
     (tmp_path / "in" / "b.png").write_bytes(b"")
     done = command("inference.py", "--model_path", place / "results/run/best.pth.tar", "--input", "in", "--output", "out", cwd=tmp_path)
     assert done.returncode == 1
-    assert "error: 1 of 3 pictures were not upscaled: in/b.png: the file is empty" in done.stderr
+    assert "error: 1 of 3 pictures were not upscaled:\n    in/b.png: the file is empty" in done.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "c.png"]
 
 
@@ -205,15 +245,25 @@ def test_a_run_that_is_told_to_stop_saves_itself(place, tmp_path):
         ("test.py", ["--model_path", "w.pth", "--test_sets", "Set77"], 1, "data/Set77: no such folder"),
         ("test.py", ["--model_path", "w.pth", "--test_sets", "Broken"], 1, "b.png: the image is damaged or cut off"),
         ("test.py", ["--model_path", "w.pth", "--test_sets"], 1, "test_sets is empty"),
+        ("test.py", ["--model_path", "w.pth", "--test_sets", "Set14"], 1, "data/Set14: 2 images, but Set14 has 14; complete it, or rename"),
+        ("test.py", ["--model_path", "w.pth", "other/w.pth"], 1, "two would be filed under one name (w, w); rename one"),
+        ("test.py", ["--model_path", "cut.pth"], 1, "none was loaded: missing conv1.bias; missing trunk.1"),
         ("inference.py", ["--model_path", "w.pth", "--input", "gone.png"], 1, "gone.png: no such file or folder"),
-        ("inference.py", ["--model_path", "w.pth", "--input", "."], 1, "no picture in it"),
-        ("inference.py", ["--model_path", "w.pth", "--input", "data/Broken/GT/b.png"], 1, "b.png: the image is damaged or cut off"),
+        ("inference.py", ["--model_path", "w.pth", "--input", "other"], 1, "no picture in it"),
+        ("inference.py", ["--model_path", "w.pth", "--input", "data/Broken/GT/b.png"], 1, "b.png: the picture is damaged, cut off"),
         ("inference.py", ["--model_path", "w.pth"], 2, "--input"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_not_success(tmp_path, script, arguments, code, message):
     weights.export(tiny(2), tmp_path / "w.pth")
+    weights.export(tiny(4), tmp_path / "other" / "w.pth")
+    cut = tiny(2).state_dict()
+    torch.save(
+        {name: cut[name] for name in cut if name not in ("conv1.bias", "trunk.1.residual_group.0.residual_channel_attention_block.0.bias")},
+        tmp_path / "cut.pth",
+    )
     (tmp_path / "notes.txt").write_text("notes")
+    write_set(tmp_path / "data" / "Set14", [(64, 64)] * 2)
     write_set(tmp_path / "data" / "Broken", [(64, 64), (64, 64)])
     data = (tmp_path / "data/Broken/GT/b.png").read_bytes()
     (tmp_path / "data/Broken/GT/b.png").write_bytes(data[: len(data) // 2])
@@ -223,4 +273,4 @@ def test_a_mistake_is_one_sentence_and_not_success(tmp_path, script, arguments, 
     assert message in said
     assert "Traceback" not in said
     if code == 1:
-        assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+        assert "error: " in done.stderr.strip().splitlines()[-1] or "error: 1 of 1 pictures" in done.stderr

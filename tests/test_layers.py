@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-LAYERS_1_AND_2 = {"imgproc", "model", "losses", "config", "dataset", "utils", "weights", "config_improved"}
+LAYERS_1_AND_2 = {"imgproc", "model", "losses", "config", "dataset", "utils", "weights", "layouts", "upscaling", "photo", "config_improved"}
 MAY_IMPORT = {
     "config": set(),
     "imgproc": set(),
@@ -17,7 +17,10 @@ MAY_IMPORT = {
     "config_improved": {"config"},
     "dataset": {"imgproc"},
     "utils": {"imgproc"},
-    "weights": {"model"},
+    "layouts": {"model"},
+    "upscaling": {"model", "utils"},
+    "photo": {"imgproc"},
+    "weights": {"model", "layouts"},
     "train": LAYERS_1_AND_2,
     "train_improved": {"config_improved", "losses", "model", "train", "utils"},
     "test": LAYERS_1_AND_2,

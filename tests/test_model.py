@@ -74,7 +74,8 @@ def test_names_are_those_of_published_files():
 def test_the_papers_network_has_its_published_size():
     with torch.device("meta"):
         assert parameters(model.rcan_x4()) == 15_592_355
-        assert model.rcan_x4().arguments == {**model.PAPER_SIZE, "upscale_factor": 4, "attention": "channel", "mean": model.DIV2K_MEAN}
+        choices = {"attention": "channel", "activation": "relu", "upsampler_activation": False}
+        assert model.rcan_x4().arguments == {**model.PAPER_SIZE, "upscale_factor": 4, "mean": model.DIV2K_MEAN, **choices}
 
 
 @pytest.mark.parametrize("name", model.ARCHITECTURES)
@@ -141,7 +142,8 @@ def test_the_gradient_reaches_every_weight(attention):
     [
         ({"upscale_factor": 5}, "upscale_factor=5 is unknown; known are 2, 3, 4, 8"),
         ({"upscale_factor": 4, "attention": "se"}, "attention='se' is unknown; known are 'channel', 'cbam'"),
-        ({"upscale_factor": 4, "channels": 20}, "channels=20, reduction=16.*must divide"),
+        ({"upscale_factor": 4, "channels": 12}, "channels=12, reduction=16.*reduction at most channels"),
+        ({"upscale_factor": 4, "activation": "elu"}, "activation='elu' is unknown; known are 'relu', 'silu'"),
         ({"upscale_factor": 4, "num_rg": 0}, "num_rg=0.*at least 1"),
     ],
 )

@@ -18,6 +18,7 @@ import utils
 import weights
 from config import Config
 from helpers import REPOSITORY, TINY, tiny, write_set
+from upscaling import upscale
 
 CPU = utils.Runtime(torch.device("cpu"))
 
@@ -153,7 +154,7 @@ def test_the_averaged_weights_are_scored_and_saved(settings):
     network = weights.load(config.experiment_dir / "last.pth.tar")
     assert torch.equal(network.conv1.weight, checkpoint["ema_state_dict"]["conv1.weight"])
     images = train.open_validation(config, lambda _: None)["Valid"]
-    scores = utils.evaluate(lambda lr: utils.upscale(network, lr), images, 2, CPU)
+    scores = utils.evaluate(lambda lr: upscale(network, lr), images, 2, CPU)
     assert log_lines(config)[-1]["Valid/psnr"] == approx(scores["psnr"], abs=1e-6)
 
 

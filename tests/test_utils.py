@@ -62,47 +62,7 @@ def test_without_averaging_the_newest_weights_are_taken():
     assert ema.network.weight.item() == approx(0.7)
 
 
-# Upscaling and scores
-
-
-class Enlarge(nn.Module):
-    """Nearest neighbour, plus a constant."""
-
-    def __init__(self, offset=0.0, factor=2):
-        super().__init__()
-        self.offset = nn.Parameter(torch.tensor(offset))
-        self.factor = factor
-
-    def forward(self, x):
-        return nn.functional.interpolate(x, scale_factor=self.factor) + self.offset
-
-
-@pytest.mark.parametrize("self_ensemble", [False, True])
-def test_upscale_rounds_and_clips(self_ensemble):
-    lr = drawn_picture(5, 7)
-    blocks = lr.repeat(2, 0).repeat(2, 1)
-    before = lr.copy()
-    assert (utils.upscale(Enlarge(), lr, self_ensemble) == blocks).all()
-    assert (utils.upscale(Enlarge(0.4 / 255), lr, self_ensemble) == blocks).all()
-    assert (utils.upscale(Enlarge(0.6 / 255), lr, self_ensemble) == np.minimum(blocks, 254) + 1).all()
-    assert (utils.upscale(Enlarge(2.0), lr, self_ensemble) == 255).all()
-    assert (utils.upscale(Enlarge(-2.0), lr, self_ensemble) == 0).all()
-    assert (lr == before).all()
-
-
-def test_self_ensemble_does_not_care_how_the_picture_lies():
-    network, lr = tiny(2), drawn_picture(9, 7)
-    upright = utils.upscale(network, lr, self_ensemble=True).astype(int)
-    plain = utils.upscale(network, lr)
-    assert (upright != plain).any()
-    for orientation in range(8):
-        turned = utils.upscale(network, imgproc.turn(lr, orientation), self_ensemble=True)
-        assert abs(imgproc.turn(upright.astype(np.uint8), orientation).astype(int) - turned).max() <= 1
-
-
-def test_output_that_is_not_finite_never_becomes_a_picture():
-    with pytest.raises(ValueError, match="picture of 7x5 is not finite"):
-        utils.upscale(Enlarge(float("nan")), drawn_picture(5, 7))
+# Scores
 
 
 def test_evaluate_means_over_pictures():

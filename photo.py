@@ -1,0 +1,326 @@
+"""A person's pictures: pixels, and what has to come along (gray, alpha, 16 bits, colour profile, resolution).
+
+    photo = read_photo("holiday.jpg")                     # upright, whatever the camera's orientation tag says
+    write_photo("holiday_x4.png", replace(photo, pixels=sr))
+
+    in the file                        pixels                  written as
+    gray, 1 bit                        uint8, three equal      gray
+    gray and alpha, RGB, RGB and alpha uint8                   the same
+    palette, transparent palette       uint8                   RGB, RGB and alpha
+    CMYK, YCbCr, Lab                   uint8, by its profile   RGB
+    any of the above with 16 bits      uint16                  the same, 16 bits (PNG, TIFF)
+    several pages or frames            the first               (said in `notes`)
+
+What a format can't hold (alpha in JPEG and BMP, 16 bits in JPEG, WebP and BMP) is refused and never dropped.
+"""
+
+import io
+import os
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+import imgproc
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP"}
+LONGEST_SIDE = {"JPEG": 65535, "WEBP": 16383}  # pixels, by the formats' definitions
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A picture to upscale.
+
+    Args:
+        pixels: uint8 or uint16, (H, W, 3), RGB; of a gray picture, three equal channels.
+        alpha: of the same type, (H, W), or None; the pixels are not multiplied by it.
+        gray: whether it is to be written as gray.
+        icc_profile: what its colours mean, or None for sRGB.
+        dpi: resolution for printing, horizontal and vertical, or None.
+        notes: sentences on what did not come along.
+    """
+
+    pixels: NDArray
+    alpha: NDArray | None = None
+    gray: bool = False
+    icc_profile: bytes | None = None
+    dpi: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bits(self) -> int:
+        """8 or 16."""
+        return 8 * self.pixels.dtype.itemsize
+
+
+# Reading
+
+
+def read_photo(path: str | os.PathLike) -> Photo:
+    """Read a picture with all that has to come along; EXIF's orientation is applied.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is empty, cut off, no picture, of a kind that can't be upscaled, or has more than
+            `imgproc.MAX_PIXELS`. The message names the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    data = path.read_bytes()
+    if not data:
+        raise ValueError(f"{path}: the file is empty; copy or download it again")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with a file is said below, or doesn't matter
+            return _decode(data)
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not a picture that can be read here; known are {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path}: more than {imgproc.MAX_PIXELS:,} pixels; cut it into parts") from None
+    except (*imgproc.DECODING_ERRORS, TypeError) as error:
+        raise ValueError(f"{path}: the picture is damaged, cut off or of an unknown kind ({error}); open and save it anew") from None
+
+
+def _decode(data: bytes) -> Photo:
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        if data[:4] in (b"II*\0", b"MM\0*"):  # gray and alpha with 16 bits, and other kinds that Pillow doesn't know
+            return _decode_deep_tiff(data)
+        raise
+    with image:
+        if image.width * image.height > imgproc.MAX_PIXELS:
+            raise Image.DecompressionBombError
+        if image.format == "TIFF" and max(image.tag_v2.get(258, (1,))) > 8:
+            return _decode_deep_tiff(data)
+        image.load()
+        if imgproc.has_16_bits(image, data):
+            return _decode_deep_png(data, image)
+        return _from_pillow(image)
+
+
+def _from_pillow(image: Image.Image) -> Photo:
+    notes = _frame_notes(getattr(image, "n_frames", 1) if image.format != "MPO" else 1)  # MPO: a camera's JPEG with its previews
+    profile, dpi = image.info.get("icc_profile"), _plain_dpi(image.info.get("dpi"))
+    transparent = "transparency" in image.info
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("CMYK", "LAB", "YCbCr", "HSV"):
+        image, profile = _to_srgb(image, profile), None
+    gray = image.mode in ("1", "L", "LA", "La")
+    has_alpha = transparent or image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
+    if image.mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"):
+        raise ValueError(f"its colour mode {image.mode} can't be upscaled")
+    values = np.array(image.convert("RGBA") if has_alpha or image.mode == "P" else image.convert("RGB"))
+    alpha = np.ascontiguousarray(values[:, :, 3]) if has_alpha else None
+    return Photo(np.ascontiguousarray(values[:, :, :3]), alpha, gray, profile, dpi, notes)
+
+
+def _frame_notes(count: int) -> tuple[str, ...]:
+    return (f"it holds {count} pages or frames, of which only the first is taken",) if count > 1 else ()
+
+
+def _plain_dpi(dpi: Any) -> tuple[float, float] | None:
+    if dpi is None or not all(0 < float(value) < 1e6 for value in dpi):
+        return None
+    return float(dpi[0]), float(dpi[1])
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """RGB by the picture's profile; without a usable one, by the plain formulas."""
+    if profile and image.mode != "HSV":
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError, ValueError):
+            pass  # a damaged profile, or one for another kind of picture
+    if image.mode == "LAB":
+        lab = ImageCms.createProfile("LAB")
+        return ImageCms.profileToProfile(image, lab, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    return image.convert("RGB")
+
+
+def _decode_deep_png(data: bytes, image: Image.Image) -> Photo:
+    deep = imgproc.decode_deep(data)
+    if deep is None or deep.dtype != np.uint16:
+        raise ValueError("its 16-bit samples can't be decoded")
+    gray = data[25] in (0, 4)  # IHDR's colour type: gray, gray and alpha
+    alpha = deep[:, :, 3] if deep.ndim == 3 and deep.shape[2] == 4 else None
+    pixels = np.repeat(deep[:, :, None], 3, 2) if deep.ndim == 2 else deep[:, :, 2::-1]
+    orientation = image.getexif().get(274, 1)
+    return _upright(Photo(pixels, alpha, gray, image.info.get("icc_profile"), _plain_dpi(image.info.get("dpi"))), orientation)
+
+
+def _decode_deep_tiff(data: bytes) -> Photo:
+    with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+        page = tiff.pages[0]
+        if page.imagewidth * page.imagelength > imgproc.MAX_PIXELS:
+            raise Image.DecompressionBombError
+        kind = tifffile.PHOTOMETRIC(page.photometric)
+        if page.dtype != np.uint16 or kind not in (
+            tifffile.PHOTOMETRIC.MINISBLACK,
+            tifffile.PHOTOMETRIC.MINISWHITE,
+            tifffile.PHOTOMETRIC.RGB,
+        ):
+            raise ValueError(f"its samples are {page.dtype} {kind.name}; only gray and RGB of 8 or 16 bits can be upscaled")
+        values = _samples(page, data)
+        notes = _frame_notes(len(tiff.pages))
+        tags = {number: page.tags[number].value for number in (274, 34675) if number in page.tags}
+        dpi = page.get_resolution(tifffile.RESUNIT.INCH) if 282 in page.tags else None
+    if kind == tifffile.PHOTOMETRIC.MINISWHITE:
+        values[:, :, 0] = 65535 - values[:, :, 0]
+    gray = values.shape[2] < 3
+    alpha = values[:, :, -1] if values.shape[2] in (2, 4) else None
+    pixels = np.repeat(values[:, :, :1], 3, 2) if gray else values[:, :, :3]
+    return _upright(Photo(pixels, alpha, gray, tags.get(34675), _plain_dpi(dpi), notes), int(tags.get(274, 1)))
+
+
+def _samples(page: tifffile.TiffPage, data: bytes) -> NDArray:
+    """(H, W, 1 to 4)"""
+    try:
+        values = page.asarray()
+    except ValueError:  # a compression that needs further packages; OpenCV knows the usual ones
+        values = imgproc.decode_deep(data)
+        if values is None or values.dtype != np.uint16:
+            raise
+        values = values if values.ndim == 2 else values[:, :, [2, 1, 0, 3][: values.shape[2]]]
+    if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and values.ndim == 3 and values.shape[0] == page.samplesperpixel:
+        values = np.moveaxis(values, 0, 2)
+    values = values[:, :, None] if values.ndim == 2 else values
+    if values.ndim != 3 or values.shape[2] > 4:
+        raise ValueError(f"its samples lie as {values.shape}; at most RGB and alpha can be upscaled")
+    return values.copy()
+
+
+def _upright(photo: Photo, orientation: int) -> Photo:
+    """As EXIF's tag 274 says; for arrays, as Pillow's own function cuts to 8 bits."""
+
+    def turned(values: NDArray) -> NDArray:
+        if orientation in (2, 4, 5, 7):
+            values = values[:, ::-1]
+        return np.ascontiguousarray(np.rot90(values, {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}.get(orientation, 0)))
+
+    alpha = None if photo.alpha is None else turned(photo.alpha)
+    return Photo(turned(photo.pixels), alpha, photo.gray, photo.icc_profile, photo.dpi, photo.notes)
+
+
+# Writing
+
+
+def check_writable(photo: Photo, suffix: str, size: tuple[int, int]) -> None:
+    """Refuse what a format can't hold, before the work is done.
+
+    Args:
+        suffix: of the file to write, as ".jpg".
+        size: (height, width) of the picture to write.
+
+    Raises:
+        ValueError: the format knows no alpha, no 16 bits or no picture of this size.
+    """
+    kind = FORMATS[suffix.lower()]
+    if photo.alpha is not None and kind in ("JPEG", "BMP"):
+        raise ValueError(f"the picture has alpha, which {kind} doesn't hold; choose --output_format png, webp or tif")
+    if photo.bits == 16 and kind not in ("PNG", "TIFF"):
+        raise ValueError(f"the picture has 16 bits a channel, which {kind} doesn't hold; choose --output_format png or tif")
+    if max(size) > LONGEST_SIDE.get(kind, max(size)):
+        raise ValueError(
+            f"the result would be {size[1]}x{size[0]}, but {kind} holds {LONGEST_SIDE[kind]} at most; choose --output_format png"
+        )
+
+
+def write_photo(path: str | os.PathLike, photo: Photo, quality: int = 95) -> None:
+    """Write a picture in the format that the name's ending says; folders are made, and no half file is left.
+
+    Args:
+        quality: of JPEG and WebP, 1 to 100; at 100, WebP is lossless.
+
+    Raises:
+        ValueError: an unknown ending, or what the format can't hold.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"{path}: unknown ending {path.suffix!r}; known are {', '.join(FORMATS)}")
+    check_writable(photo, path.suffix, photo.pixels.shape[:2])
+    kind = FORMATS[path.suffix.lower()]
+    if kind == "TIFF":
+        encoded = _encode_tiff(photo)
+    elif photo.bits == 16:
+        encoded = _encode_deep_png(photo)
+    else:
+        encoded = _encode_with_pillow(photo, kind, quality)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(encoded)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _channels(photo: Photo) -> NDArray:
+    """(H, W, 1 to 4): gray or RGB, then alpha."""
+    colours = photo.pixels[:, :, :1] if photo.gray else photo.pixels
+    return colours if photo.alpha is None else np.concatenate([colours, photo.alpha[:, :, None]], 2)
+
+
+def _encode_with_pillow(photo: Photo, kind: str, quality: int) -> bytes:
+    values = _channels(photo)
+    image = Image.fromarray(np.ascontiguousarray(values[:, :, 0] if values.shape[2] == 1 else values))  # L, LA, RGB or RGBA
+    options: dict[str, Any] = {"icc_profile": photo.icc_profile} if photo.icc_profile and kind != "BMP" else {}
+    options |= {"dpi": photo.dpi} if photo.dpi and kind != "WEBP" else {}
+    if kind == "JPEG":
+        options |= {"quality": quality, "subsampling": 0}
+    if kind == "WEBP":
+        options |= {"quality": quality, "lossless": quality == 100, "exact": True}
+        image = image.convert("RGBA" if photo.alpha is not None else "RGB")  # it knows no gray
+    encoded = io.BytesIO()
+    image.save(encoded, kind, **options)
+    return encoded.getvalue()
+
+
+def _encode_tiff(photo: Photo) -> bytes:
+    values = _channels(photo)
+    encoded = io.BytesIO()
+    tifffile.imwrite(
+        encoded,
+        values[:, :, 0] if values.shape[2] == 1 else values,
+        photometric="minisblack" if photo.gray else "rgb",
+        planarconfig="contig" if values.shape[2] > 1 else None,
+        extrasamples=["unassalpha"] if photo.alpha is not None else None,
+        compression="zlib",
+        iccprofile=photo.icc_profile,
+        resolution=photo.dpi,
+        resolutionunit="INCH" if photo.dpi else None,
+        metadata=None,
+        software=False,
+    )
+    return encoded.getvalue()
+
+
+def _encode_deep_png(photo: Photo) -> bytes:
+    """PNG of 16 bits with a colour profile and a resolution, which neither Pillow nor OpenCV writes (PNG, third edition)."""
+    values = _channels(photo)
+    height, width, count = values.shape
+    rows = np.ascontiguousarray(values, ">u2").view(np.uint8).reshape(height, -1)
+    filtered = np.empty((height, rows.shape[1] + 1), np.uint8)
+    filtered[:, 0] = 2  # each row as its difference from the one above
+    filtered[0, 1:] = rows[0]
+    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[count], 0, 0, 0))]
+    if photo.icc_profile:
+        chunks.append((b"iCCP", b"ICC profile\0\0" + zlib.compress(photo.icc_profile)))
+    if photo.dpi:
+        chunks.append((b"pHYs", struct.pack(">IIB", *(round(value / 0.0254) for value in photo.dpi), 1)))  # pixels a metre
+    chunks += [(b"IDAT", zlib.compress(filtered, 6)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(name, data) for name, data in chunks)
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

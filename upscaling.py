@@ -1,0 +1,255 @@
+"""A picture in, a larger picture out: exact, in little memory, and never with a damaged pixel.
+
+    sr = upscale(network, lr)                          # uint8 or uint16, (h, w, 3) -> (scale h, scale w, 3)
+
+RCAN's attention averages over the whole picture, so a picture that is cut into tiles comes out different. Nearly all of the memory
+goes into the upsampler and the last convolution, though, which look at a few pixels only: large pictures are run through them in
+strips of rows, and through each pair of convolutions of the trunk likewise, while the averages are taken over the whole. The result
+is that of one piece, to the rounding of float32 (about 1e-6). `tile` is for what doesn't fit even so, and changes the result.
+"""
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import model
+from utils import PRECISIONS
+
+Strips = Iterator[tuple[int, Tensor]]  # (first row, (1, 3, rows, W)), from the top to the bottom, without gaps
+
+
+def upscale(
+    network: nn.Module,
+    lr: NDArray,
+    self_ensemble: bool = False,
+    *,
+    precision: str = "fp32",
+    strip_rows: int | None = None,
+    tile: int = 0,
+    tile_overlap: int = 32,
+) -> NDArray:
+    """Upscale a picture.
+
+    Args:
+        lr: uint8 or uint16, (h, w, 3); the result is of the same type, (scale h, scale w, 3).
+        self_ensemble: the mean over the eight turns of the picture (RCAN+).
+        precision: "fp32", "bf16" or "fp16"; a result that isn't finite is computed again in fp32, with a warning.
+        strip_rows: LR rows that the upsampler is given at a time; None: as many as take about `STRIP_BYTES`. When memory runs
+            out, half as many are tried, with a warning, down to `MIN_ROWS`.
+        tile: side of the tiles, LR pixels, that the picture is cut into, blended over `tile_overlap` pixels; 0: none. Tiles have
+            averages of their own, so the result is not that of the whole picture.
+
+    Raises:
+        ValueError: the network's output is not finite, or the picture doesn't fit into memory.
+    """
+    while True:
+        rows = strip_rows or _affordable_rows(network, lr.shape[:2])
+        try:
+            return _upscale(network, lr, self_ensemble, PRECISIONS[precision], rows, tile, tile_overlap)
+        except _NotFiniteError:
+            if precision == "fp32":
+                raise ValueError(
+                    f"the network's output for a picture of {lr.shape[1]}x{lr.shape[0]} is not finite; are its weights damaged?"
+                ) from None
+            warnings.warn(f"the output in {precision} is not finite; this picture is computed again in fp32", stacklevel=2)
+            precision = "fp32"
+            continue
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        strip_rows = _fewer_rows(min(rows, lr.shape[0]), lr.shape, tile)  # here, as the error kept the tensors alive
+
+
+STRIP_BYTES = 384 * 2**20  # what the upsampler may take; also what larger strips no longer gain from
+MIN_ROWS = 4
+
+
+class _NotFiniteError(Exception):
+    pass
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text or "out of memory" in text
+
+
+def _fewer_rows(rows: int, shape: tuple[int, ...], tile: int) -> int:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if rows <= MIN_ROWS:
+        advice = "smaller tiles" if tile else "tiles, as in --tile 256, which change the result a little, or a smaller picture"
+        raise ValueError(f"a picture of {shape[1]}x{shape[0]} doesn't fit into memory, even {rows} rows at a time: use {advice}")
+    fewer = max(MIN_ROWS, rows // 2)
+    warnings.warn(f"out of memory; trying again with {fewer} instead of {rows} rows at a time, to the same result", stacklevel=3)
+    return fewer
+
+
+def _affordable_rows(network: nn.Module, size: tuple[int, int]) -> int:
+    if not isinstance(network, model.RCAN):
+        return size[0]
+    row = 3 * 4 * network.arguments["channels"] * network.upscale_factor**2 * size[1]  # bytes: three maps live at a time, float32
+    return max(MIN_ROWS, STRIP_BYTES // row)
+
+
+@torch.inference_mode()
+def _upscale(network: nn.Module, lr: NDArray, self_ensemble: bool, dtype: torch.dtype, rows: int, tile: int, tile_overlap: int) -> NDArray:
+    device = next(network.parameters()).device
+    peak = np.iinfo(lr.dtype).max
+    pixels = torch.from_numpy(lr.astype(np.float32)).to(device).permute(2, 0, 1)[None] / peak  # (1, 3, h, w) in [0, 1]
+
+    def strips(x: Tensor) -> Strips:
+        parts = _tiles(network, x, rows, tile, tile_overlap) if 0 < tile < max(x.shape[2:]) else _strips(network, x, rows)
+        for top, strip in parts:
+            if not torch.isfinite(strip).all():
+                raise _NotFiniteError
+            yield top, strip
+
+    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
+    with exact, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        return _mean_over_turns(strips, pixels, peak, lr.dtype) if self_ensemble else _collect(strips(pixels), pixels, peak, lr.dtype)
+
+
+def _collect(strips: Strips, pixels: Tensor, peak: int, dtype: np.dtype) -> NDArray:
+    sr = None
+    for top, strip in strips:
+        if sr is None:
+            scale = strip.shape[3] // pixels.shape[3]
+            sr = np.empty((pixels.shape[2] * scale, strip.shape[3], 3), dtype)
+        sr[top : top + strip.shape[2]] = _round(strip[0].permute(1, 2, 0), peak).cpu().numpy()
+    return sr
+
+
+def _mean_over_turns(strips: Callable[[Tensor], Strips], pixels: Tensor, peak: int, dtype: np.dtype) -> NDArray:
+    total = None
+    for orientation in range(8):
+        turned = torch.rot90(pixels.flip(3) if orientation >= 4 else pixels, orientation % 4, (2, 3))
+        for top, strip in strips(turned):
+            if total is None:
+                scale = strip.shape[3] // pixels.shape[3]
+                total = np.zeros((pixels.shape[2] * scale, pixels.shape[3] * scale, 3), np.float32)
+            view = np.rot90(total[:, ::-1] if orientation >= 4 else total, orientation % 4)  # no copy
+            view[top : top + strip.shape[2]] += strip[0].permute(1, 2, 0).float().cpu().numpy()
+    return _round(torch.from_numpy(total).div_(8), peak).numpy().astype(dtype)
+
+
+def _round(values: Tensor, peak: int) -> Tensor:
+    rounded = values.float().clamp(0, 1).mul_(peak).round_()
+    return rounded.to(torch.uint8 if peak == 255 else torch.int32)
+
+
+# In strips
+
+
+def _strips(network: nn.Module, x: Tensor, rows: int) -> Strips:
+    """The picture that `network(x)` would give, of `rows` LR rows at a time."""
+    if rows >= x.shape[2] or not isinstance(network, model.RCAN):
+        yield 0, network(x)
+        return
+    trunk = _trunk(network, x, rows)
+    for top, bottom in _cuts(x.shape[2], rows):
+        above, below = max(0, top - _TAIL_REACH), min(x.shape[2], bottom + _TAIL_REACH)
+        part = x[:, :, above:below]
+        deep = network.conv2(trunk[:, :, above:below]) + network.conv1(part - network.mean)  # the long skip, made again: one map less
+        sr = network.conv3(network.upsampling(deep)) + network.mean
+        scale = network.upscale_factor
+        yield top * scale, sr[:, :, (top - above) * scale : (bottom - above) * scale]
+
+
+_TAIL_REACH = 3  # LR rows: conv2 looks 1 far, the steps of the upsampler 1 + 1/2 + 1/4, conv3 1/8 at x8; less at other scales
+
+
+def _trunk(network: model.RCAN, x: Tensor, rows: int) -> Tensor:
+    """What the residual groups give, with three feature maps at a time in memory."""
+    rows = rows * network.upscale_factor**2 // 2  # as many values as in a strip of the upsampler
+    features = network.conv1(x - network.mean)  # (1, C, h, w)
+    for group in network.trunk:
+        features = _group(group, features, rows)
+    return features
+
+
+def _group(group: model.ResidualGroup, x: Tensor, rows: int) -> Tensor:
+    *blocks, last = group.residual_group
+    features = x
+    for block in blocks:
+        *convolutions, attention = block.residual_channel_attention_block
+        residual = _by_rows(nn.Sequential(*convolutions), features, rows, reach=2)
+        for gate in attention.gates:
+            residual.mul_(gate(residual))
+        features = residual.add_(features)
+    return _by_rows(last, features, rows, reach=1).add_(x)
+
+
+def _by_rows(layers: nn.Module, x: Tensor, rows: int, reach: int) -> Tensor:
+    """`layers(x)`, which keep the size and look `reach` rows far, in strips of rows."""
+    if rows >= x.shape[2]:
+        return layers(x)
+    result = None
+    for top, bottom in _cuts(x.shape[2], rows):
+        above, below = max(0, top - reach), min(x.shape[2], bottom + reach)
+        strip = layers(x[:, :, above:below])[:, :, top - above : bottom - above]
+        if result is None:
+            result = torch.empty_like(x, dtype=strip.dtype)
+        result[:, :, top:bottom] = strip
+    return result
+
+
+def _cuts(size: int, step: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, size, step):
+        yield start, min(size, start + step)
+
+
+# In tiles
+
+
+def _tiles(network: nn.Module, x: Tensor, rows: int, tile: int, overlap: int) -> Strips:
+    """Tiles of their own, blended where they overlap; a row of tiles at a time."""
+    height, width = (min(tile, size) for size in x.shape[2:])
+    tops, lefts = _starts(x.shape[2], height, overlap), _starts(x.shape[3], width, overlap)
+    band, scale = None, 1
+    for index, top in enumerate(tops):
+        row = None
+        for column, left in enumerate(lefts):
+            part = x[:, :, top : top + height, left : left + width]
+            sr = torch.cat([strip.float() for _, strip in _strips(network, part, rows)], 2)
+            if row is None:
+                scale = sr.shape[2] // height
+                row = sr.new_zeros(1, 3, sr.shape[2], x.shape[3] * scale)
+                across = _blending(lefts, width, x.shape[3], overlap, scale).to(sr.device)  # (tiles, W)
+                down = _blending(tops, height, x.shape[2], overlap, scale).to(sr.device)  # (tiles, H)
+            place = slice(left * scale, (left + width) * scale)
+            row[..., place] += sr * across[column, place]
+        row *= down[index, top * scale : (top + height) * scale, None]
+        if band is not None:
+            row[:, :, : band.shape[2]] += band
+        finished = (tops[index + 1] - top) * scale if index + 1 < len(tops) else row.shape[2]
+        yield top * scale, row[:, :, :finished]
+        band = row[:, :, finished:]
+
+
+def _starts(size: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin, evenly spread, each overlapping the next by at least `overlap`."""
+    if size <= tile:
+        return [0]
+    count = 1 + -(-(size - tile) // (tile - overlap))
+    return [round(index * (size - tile) / (count - 1)) for index in range(count)]
+
+
+def _blending(starts: list[int], tile: int, size: int, overlap: int, scale: int) -> Tensor:
+    """(tiles, size * scale): the share of each tile in each pixel; they sum to 1.
+
+    A quarter of the overlap at each cut edge, where a tile lacks its surroundings, counts for nothing.
+    """
+    shares = torch.zeros(len(starts), size * scale, dtype=torch.float64)
+    inside = torch.arange(1, tile * scale + 1, dtype=torch.float64)
+    unused = overlap * scale // 4
+    for share, start in zip(shares, starts, strict=True):
+        from_left = inside - unused if start else torch.full_like(inside, torch.inf)
+        from_right = inside.flip(0) - unused if start + tile < size else torch.full_like(inside, torch.inf)
+        share[start * scale : (start + tile) * scale] = torch.minimum(from_left, from_right).clamp(0, overlap * scale - 2 * unused + 1)
+    return (shares / shares.sum(0)).float()
