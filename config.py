@@ -174,8 +174,11 @@ def released_weights(upscale_factor: int) -> Path:
 Settings = TypeVar("Settings", bound=Config)
 
 
-def parse(settings: type[Settings], mode: Literal["train", "test"], argv: Sequence[str] | None = None) -> Settings:
+def parse(settings: type[Settings], mode: Literal["train", "test"] | None, argv: Sequence[str] | None = None) -> Settings:
     """The settings of this run: the file's values, replaced by those on the command line.
+
+    Args:
+        mode: what the script does; None for one to which any mode is right.
 
     Raises:
         ValueError: settings that contradict each other or the script. A slip or a wrong type ends with exit code 2.
@@ -184,7 +187,7 @@ def parse(settings: type[Settings], mode: Literal["train", "test"], argv: Sequen
 
     _check_types(settings)  # of the edited lines
     config = tyro.cli(settings, args=argv, use_underscores=True, config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands))
-    if config.mode is not None and {"valid": "test"}.get(config.mode, config.mode) != mode:
+    if None not in (mode, config.mode) and {"valid": "test"}.get(config.mode, config.mode) != mode:
         raise ValueError(f"mode={config.mode!r} contradicts this script, which can only {mode}: leave mode at None, or run another script")
     return config
 
