@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     compared = "not compared, as onnxruntime is missing" if difference is None else f"differs by at most {difference:.1e} of the range"
     print(f"{output.absolute()}: {config.layout} layout, {output.stat().st_size / 1e6:.2f} MB; {compared}")
     if difference is not None and difference > 1e-4:
-        raise ValueError(f"{output}: differs by {difference:.1e} from the network that was read; please report this, and don't use the file")
+        raise ValueError(f"{output}: differs by {difference:.1e} from the network that was read; don't use the file, and report this")
 
 
 SIZES = ((1, 3, 24, 31), (2, 3, 17, 16), (1, 3, 48, 20))  # (N, C, h, w), none of which the exporter has seen
