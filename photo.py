@@ -295,7 +295,7 @@ def _encode_tiff(photo: Photo) -> bytes:
         planarconfig="contig" if values.shape[2] > 1 else None,
         extrasamples=["unassalpha"] if photo.alpha is not None else None,
         compression="zlib",
-        iccprofile=photo.icc_profile,
+        extratags=[(34675, 7, len(photo.icc_profile), photo.icc_profile, True)] if photo.icc_profile else [],  # ICC's tag
         resolution=photo.dpi,
         resolutionunit="INCH" if photo.dpi else None,
         metadata=None,

@@ -383,9 +383,9 @@ def _to_layout(network: model.RCAN, layout: Layout) -> State:
 
 
 def export_onnx(network: model.RCAN, path: str | os.PathLike) -> None:
-    """Write an ONNX file, opset 18: `lr` (N, 3, h, w) -> `sr` (N, 3, scale h, scale w), float32 RGB in [0, 1], N, h and w free.
+    """Write an ONNX file: `lr` (N, 3, h, w) -> `sr` (N, 3, scale h, scale w), float32 RGB in [0, 1], with N, h and w free.
 
-    Needs the packages onnx and onnxscript.
+    Opset 18, or 17 with PyTorch before 2.9. Needs the packages onnx and onnxscript.
 
     Raises:
         ValueError: they are missing, or another ending than .onnx; nothing is written then.
@@ -397,20 +397,16 @@ def export_onnx(network: model.RCAN, path: str | os.PathLike) -> None:
     if missing:
         raise ValueError(f"{path}: ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     plain = copy.deepcopy(network).cpu().float().eval().to(memory_format=torch.contiguous_format)
-    free = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+    common = {"input_names": ["lr"], "output_names": ["sr"]}
+    free = {0: "batch", 2: "height", 3: "width"}
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9):
+        dimensions = {axis: torch.export.Dim(name) for axis, name in free.items()}
+        options = {"dynamo": True, "opset_version": 18, "dynamic_shapes": (dimensions,), "external_data": False}
+    else:  # whose new exporter fails on this network
+        options = {"dynamo": False, "opset_version": 17, "dynamic_axes": {"lr": free, "sr": free}}
     with _whole_file(path) as part, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # the exporter's own deprecations
-        torch.onnx.export(
-            plain,
-            (torch.rand(2, 3, 12, 10),),
-            str(part),
-            input_names=["lr"],
-            output_names=["sr"],
-            dynamic_shapes={"x": free},
-            opset_version=18,
-            dynamo=True,
-            external_data=False,
-        )
+        torch.onnx.export(plain, (torch.rand(2, 3, 12, 10),), str(part), **common, **options)
 
 
 @contextlib.contextmanager

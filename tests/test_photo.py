@@ -393,9 +393,9 @@ def test_what_fails_is_listed_and_the_others_are_done(tmp_path, network_path):
     ],
 )
 def test_settings_out_of_range_are_refused(tmp_path, arguments, message, capsys):
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises((SystemExit, ValueError)) as error:  # older versions of tyro leave the sentence to utils.run
         run("--input", tmp_path, *arguments)
-    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message in " ".join(f"{capsys.readouterr().err} {error.value}".replace("│", " ").split())
 
 
 @pytest.mark.parametrize(("outscale", "size"), [(1, (12, 17)), (2, (24, 34)), (1.3, (16, 22)), (0.01, (1, 1)), (5, (60, 85))])
