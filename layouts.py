@@ -99,6 +99,8 @@ def _fold_mean_shift(state: State) -> State:
         return {**state, "mean": torch.zeros(1, 3, 1, 1)}
     before, shift_before, after, shift_after = (state.pop(name) for name in MEAN_SHIFT)  # (3, 3, 1, 1), (3,)
     before, after = before[:, :, 0, 0], after[:, :, 0, 0]
+    if torch.linalg.cond(before) > 1e6:
+        raise ValueError(f"sub_mean.weight is {before.tolist()}, which mixes the colours in a way that can't be undone; is it damaged?")
     mean = -torch.linalg.solve(before, shift_before) / 255
     state["conv1.weight"] = 255 * torch.einsum("oihw,ij->ojhw", state["conv1.weight"], before)
     state["conv3.weight"] = torch.einsum("po,oihw->pihw", after, state["conv3.weight"]) / 255

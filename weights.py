@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -45,21 +46,27 @@ def read(path: str | os.PathLike) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights; train them with train.py, or give the path of a file with --model_path")
     if not path.stat().st_size:
-        raise ValueError(f"{path}: not a file of weights that can be read safely (it is empty); copy or download it again")
+        raise ValueError(f"{path}: not a file of weights that can be read safely (it is empty; copy or download it again)")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_PLAIN_NUMBERS):
             warnings.simplefilter("ignore")  # what is wrong with a file is said below
-            return _read_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+            return _read_safetensors(path) if _is_safetensors(path) else torch.load(path, map_location="cpu", weights_only=True)
     except _READING_ERRORS as error:
-        raise ValueError(
-            f"{path}: not a file of weights that can be read safely ({_reason(error, path)}); copy or download it again"
-        ) from None
+        raise ValueError(f"{path}: not a file of weights that can be read safely ({_reason(error, path)})") from None
 
+
+# NumPy's scalars, which many checkpoints hold as their best PSNR
+_PLAIN_NUMBERS = [np.float64(0).__reduce__()[0], np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8"))]
 
 _READING_ERRORS = (
     RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError,
     safetensors.SafetensorError,
 )  # fmt: skip
+
+
+def _is_safetensors(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"  # after the header's length
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -73,19 +80,20 @@ _METADATA = "rcan"  # what we record in a safetensors file
 
 def _reason(error: Exception, path: Path) -> str:
     text = " ".join(str(error).split())
-    start = path.read_bytes()[:64].lstrip().lower()
+    with open(path, "rb") as file:
+        start = file.read(64).lstrip().lower()
     if start.startswith((b"<!doctype", b"<html")):
-        return "it is a web page, as a download link gives that wants a browser"
+        return "it is a web page, as a download link gives that wants a browser; download it with one"
     if "TorchScript" in text:
         return "it is a TorchScript program; save its state_dict() instead"
-    if "Unsupported" in text or "GLOBAL" in text:
-        return f"it holds code or objects beside the weights: {_unsafe_name(text)}"
-    return text.split(". ")[0][:160] or type(error).__name__
-
-
-def _unsafe_name(text: str) -> str:
-    found = re.search(r"GLOBAL (\S+)|(?:class|global|type)[: ]+(\S+)", text)
-    return next(filter(None, found.groups()), "unknown").rstrip(".,") if found else "unknown"
+    if found := re.search(r"GLOBAL (\S+)", text):
+        return f"it holds code or objects beside the weights, as {found[1].rstrip('.,')}; save a state_dict of tensors alone"
+    if "Unsupported operand" in text and start.startswith(b"\x80"):
+        return "it is a pickle of another program, which may hold code; save a state_dict with torch.save"
+    if isinstance(error, safetensors.SafetensorError):
+        return f"it is no whole safetensors file: {text[:160]}; copy or download it again"
+    known = start.startswith((b"pk", b"\x80"))
+    return f"it is {'damaged or cut off' if known else 'no file of PyTorch'}; copy or download it again"
 
 
 def load(path: str | os.PathLike) -> model.RCAN:
@@ -130,8 +138,13 @@ def build(state: Mapping[str, Tensor], source: str | os.PathLike = "these weight
     network = _allocate(layout, size, state, names, source)
     _check_tensors(network, layout, state, names, source)
     to_native = {theirs: ours for ours, theirs in names.items()}
-    converted = layout.to_native({to_native.get(name, name): tensor.detach().to(torch.float64) for name, tensor in state.items()})
-    network.load_state_dict({name: tensor.to(torch.float32) for name, tensor in converted.items()})
+    wide = {to_native.get(name, name): tensor.detach().to(torch.float64) for name, tensor in state.items()}
+    try:
+        converted = {name: tensor.to(torch.float32) for name, tensor in layout.to_native(wide).items()}
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    _raise_problems([f"{name} is too large for float32" for name, value in converted.items() if not value.isfinite().all()], layout, source)
+    network.load_state_dict(converted)
     network.arguments["mean"] = tuple(network.mean.flatten().tolist())
     stored = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values() if tensor.is_floating_point()} - {"float32"})
     network.source = layout.title(state) + (f", stored as {' and '.join(stored)}" if stored else "")
@@ -177,36 +190,57 @@ def transfer(network: model.RCAN, path: str | os.PathLike) -> str:
 
 def _unwrap(found: Any, source: str | os.PathLike) -> tuple[State, str]:
     """The weights in a file, and which they are: averaged ones before others."""
-    kind = "weights as trained"
-    while isinstance(found, Mapping) and not any(isinstance(value, Tensor) for value in found.values()):
-        inside = {key: value for key, value in found.items() if isinstance(value, Mapping) and _holds_tensors(value)}
-        key = next((key for key in (*_EMA_KEYS, *_KEYS) if key in inside), None)
-        if key is None and len(inside) != 1:
-            break
-        key = key or next(iter(inside))
-        kind = f"averaged weights (EMA, {key})" if key in _EMA_KEYS else kind
-        found = inside[key]
-    if not isinstance(found, Mapping) or not _holds_tensors(found):
-        raise ValueError(f"{source}: holds no weights, but {_contents(found)}; a state_dict or a checkpoint of train.py is needed")
-    strange = [str(name) for name, value in found.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    candidates = sorted(_candidates(found), key=lambda candidate: _rank(candidate[0]))  # stable
+    if not candidates:
+        raise ValueError(f"{source}: holds no RCAN of a known layout ({', '.join(LAYOUTS)}), but {_contents(found)}; {_SEE}")
+    path, state = candidates[0]
+    rivals = [".".join(other) for other, _ in candidates if _rank(other) == _rank(path)]
+    if _rank(path) == _UNKNOWN and len(rivals) > 1:
+        raise ValueError(f"{source}: holds several networks, {', '.join(rivals)}; save the state_dict of one")
+    strange = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
     if strange:
         raise ValueError(f"{source}: holds {', '.join(strange)} among its weights, which are no tensors")
-    state, averaged = _strip(dict(found), source)
-    return state, "averaged weights (EMA, n_averaged)" if averaged else kind
+    stripped, averaged = _strip(dict(state), source)
+    key = ".".join(path) if _rank(path) == 0 else "n_averaged"
+    return stripped, f"averaged weights (EMA, {key})" if averaged or _rank(path) == 0 else "weights as trained"
 
 
-_EMA_KEYS = ("ema_state_dict", "params_ema", "params-ema", "model_ema", "netG_ema", "generator_ema", "ema")
+_SEE = "the README lists the files that can be opened"
+_EMA = re.compile(r"(?:^|[_.-])ema(?:$|[_.-])", re.IGNORECASE)
 _KEYS = ("state_dict", "model_state_dict", "params", "model", "net", "netG", "net_g", "generator", "network")
+_UNKNOWN = 3
 
 
-def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(isinstance(member, Tensor) or (isinstance(member, Mapping) and _holds_tensors(member)) for member in value.values())
-    return False
+def _rank(path: tuple[str, ...]) -> int:
+    """0 for averaged weights, then those under a known name, those that are the file itself, and others."""
+    if any(map(_EMA.search, path)):
+        return 0
+    return (1 if set(path) <= set(_KEYS) else _UNKNOWN) if path else 2
+
+
+def _candidates(found: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """Every mapping inside that names an RCAN's tensors, with the keys that lead to it."""
+    if not isinstance(found, Mapping) or len(path) > 4:
+        return
+    tensors = {name for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if any(_MARKS.search(name) for name in tensors):
+        yield path, found
+        for key in {name.split(".")[0] for name in tensors}:  # several networks in one flat mapping, as netG.… and netD.…
+            if key in _KEYS or _EMA.search(key):
+                yield (*path, key), {name.removeprefix(f"{key}."): found[name] for name in tensors if name.startswith(f"{key}.")}
+    for key, value in found.items():
+        yield from _candidates(value, (*path, str(key)))
+
+
+_MARKS = re.compile("|".join(rf"(?:^|\.){layout.mark}" for layout in LAYOUTS.values()))
 
 
 def _contents(found: Any) -> str:
-    return f"{', '.join(map(str, found)) or 'nothing'}" if isinstance(found, Mapping) else type(found).__name__
+    """What is there instead, for a message."""
+    if not isinstance(found, Mapping):
+        return type(found).__name__
+    names = list(map(str, found))
+    return (", ".join(names[:6]) or "nothing") + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _strip(state: State, source: str | os.PathLike) -> tuple[State, bool]:
@@ -243,11 +277,7 @@ def _recognise(state: Mapping[str, Tensor], source: str | os.PathLike) -> Layout
         )
     fitting = [layout for layout in LAYOUTS.values() if any(re.match(layout.mark, name) for name in state)]
     if len(fitting) != 1:
-        first = ", ".join(list(state)[:4])
-        raise ValueError(
-            f"{source}: holds no RCAN of a known layout ({', '.join(LAYOUTS)}), but {len(state)} tensors: {first} …; "
-            "the README lists the files that can be opened"
-        )
+        raise ValueError(f"{source}: holds no RCAN of a known layout ({', '.join(LAYOUTS)}), but {_contents(state)}; {_SEE}")
     return fitting[0]
 
 
@@ -257,8 +287,10 @@ def _count(layout: Layout, state: Mapping[str, Tensor], source: str | os.PathLik
     if not blocks or not upsamplers:
         missing = layout.upsampler if blocks else layout.first
         raise ValueError(f"{source}: holds no whole RCAN in the {layout.program} layout: no {missing}.weight is in it")
-    cbam = bool(layout.spatial) and any(_matches(layout.spatial, state))
-    return Size(1 + max(g for g, _ in blocks), 1 + max(b for _, b in blocks), upsamplers, cbam)
+    groups, rows = 1 + max(g for g, _ in blocks), 1 + max(b for _, b in blocks)
+    if groups * rows > len(state):  # far fewer tensors than that many blocks have; not worth a list of what is missing
+        raise ValueError(f"{source}: its names count up to {groups} groups of {rows} blocks, but it holds {len(state)} tensors only")
+    return Size(groups, rows, upsamplers, bool(layout.spatial) and any(_matches(layout.spatial, state)))
 
 
 def _matches(template: str, state: Mapping[str, Tensor]) -> Iterator[re.Match[str]]:
@@ -318,8 +350,15 @@ def _check_tensors(
     problems = [
         f"{name} is {tuple(tensor.shape)}, not {tuple(shapes[name])}" for name, tensor in state.items() if tensor.shape != shapes[name]
     ]
-    problems += [f"{name} is not finite" for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    odd = [name for name, tensor in state.items() if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta]
+    problems += [f"{name} is {_kind(state[name])}, not dense floating point" for name in odd]
+    problems += [f"{name} is not finite" for name, tensor in state.items() if name not in odd and not torch.isfinite(tensor).all()]
     _raise_problems(problems, layout, source)
+
+
+def _kind(tensor: Tensor) -> str:
+    layout = "" if tensor.layout == torch.strided else f" {str(tensor.layout).removeprefix('torch.')}"
+    return ("without values" if tensor.is_meta else str(tensor.dtype).removeprefix("torch.")) + layout
 
 
 def _raise_problems(problems: list[str], layout: Layout, source: str | os.PathLike) -> None:

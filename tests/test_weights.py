@@ -68,7 +68,7 @@ def test_any_difference_is_listed_and_nothing_is_loaded(tmp_path, harm):
 
 class Harmful:
     def __reduce__(self):
-        return (open, ("/tmp/should-not-exist", "w"))
+        return (open, ("should-not-exist", "w"))
 
 
 def files(folder):
@@ -78,17 +78,76 @@ def files(folder):
         "empty.pth": b"",
         "cut.pth": data[: len(data) // 2],
         "page.pth": b"<!DOCTYPE html><html>quota exceeded</html>",
-        "harmful.pth": pickle.dumps(Harmful()),
+        "harmful.pth": pickle.dumps(Harmful(), protocol=2),
+        "pickle.pth": pickle.dumps(Harmful()),
+        "notes.pth": b"notes",
     }
 
 
-@pytest.mark.parametrize("name", ["empty.pth", "cut.pth", "page.pth", "harmful.pth"])
-def test_a_broken_or_harmful_file_is_named_in_one_sentence(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("empty.pth", "it is empty; copy or download it again"),
+        ("cut.pth", "it is damaged or cut off; copy or download it again"),
+        ("page.pth", "it is a web page, .* download it with one"),
+        ("harmful.pth", r"it holds code or objects beside the weights, as (io|_io)\.open; save a state_dict of tensors alone"),
+        ("pickle.pth", "it is a pickle of another program, which may hold code; save a state_dict with torch.save"),
+        ("notes.pth", "it is no file of PyTorch; copy or download it again"),
+    ],
+)
+def test_a_broken_or_harmful_file_is_named_in_one_sentence(tmp_path, monkeypatch, name, reason):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_bytes(files(tmp_path)[name])
-    with pytest.raises(ValueError, match=f"{name}: not a file of weights that can be read safely") as error:
+    with pytest.raises(ValueError, match=rf"{name}: not a file of weights that can be read safely \({reason}\)$") as error:
         weights.load(tmp_path / name)
     assert "\n" not in str(error.value)
     assert "weights_only" not in str(error.value)
+    assert not (tmp_path / "should-not-exist").exists()
+
+
+def test_a_pickled_network_is_refused_by_its_class(tmp_path):
+    torch.save(tiny(2), tmp_path / "module.pth")
+    with pytest.raises(ValueError, match=r"module\.pth: .*beside the weights, as model\.RCAN; save a state_dict"):
+        weights.load(tmp_path / "module.pth")
+
+
+def test_safetensors_are_known_by_their_content(tmp_path):
+    weights.export(tiny(2), tmp_path / "w.safetensors")
+    (tmp_path / "w.safetensors").rename(tmp_path / "w.pth")
+    assert equal(weights.load(tmp_path / "w.pth").state_dict(), tiny(2).state_dict())
+    flat = {f"params_ema.{name}": tensor for name, tensor in tiny(2).state_dict().items()}
+    safetensors.torch.save_file(flat, tmp_path / "ema.safetensors")
+    assert weights.load(tmp_path / "ema.safetensors").source.endswith("averaged weights (EMA, state_dict.params_ema)")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor.to(torch.int8), "conv1.weight is int8, not dense floating point"),
+        (lambda tensor: tensor.to(torch.complex64), "conv1.weight is complex64, not dense floating point"),
+        (lambda tensor: tensor.to_sparse(), "conv1.weight is float32 sparse_coo, not dense floating point"),
+        (lambda tensor: tensor.to("meta"), "conv1.weight is without values, not dense floating point"),
+        (lambda tensor: tensor.double() * 1e300, "conv1.weight is too large for float32"),
+    ],
+)
+def test_tensors_that_are_no_plain_weights_are_refused(change, message):
+    state = dict(tiny(2).state_dict())
+    state["conv1.weight"] = change(state["conv1.weight"])
+    with pytest.raises(ValueError, match=message):
+        weights.build(state, "file")
+
+
+def test_a_mean_shift_that_cannot_be_undone_is_refused():
+    state = official_state()
+    state["sub_mean.weight"] = torch.ones(3, 3, 1, 1)
+    with pytest.raises(ValueError, match=r"file: sub_mean\.weight is \[\[1\.0.* can't be undone"):
+        weights.build(state, "file")
+
+
+def test_two_unknown_names_are_ambiguous(tmp_path):
+    torch.save({"first": STATE, "second": STATE}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w\.pth: holds several networks, first, second; save the state_dict of one"):
+        weights.load(tmp_path / "w.pth")
 
 
 def test_missing_weights_say_what_to_do(tmp_path):
@@ -239,7 +298,14 @@ SURROUNDINGS = {
     "averaged": ({"n_averaged": torch.tensor(7), **prefixed("module.")}, "averaged weights (EMA, n_averaged)"),
     "averaged in a wrapper": ({"params": {"n_averaged": torch.tensor(7), **prefixed("module.")}}, "averaged weights (EMA, n_averaged)"),
     "nested": ({"model": {"state_dict": prefixed("_orig_mod.module.")}, "epoch": 1}, "weights as trained"),
-    "nested EMA": ({"model": {"params": OTHER, "params_ema": prefixed("module.")}}, "averaged weights (EMA, params_ema)"),
+    "timm's name": ({"state_dict": OTHER, "state_dict_ema": STATE}, "averaged weights (EMA, state_dict_ema)"),
+    "another name": ({"model_state_dict": OTHER, "ema_model_state_dict": STATE}, "averaged weights (EMA, ema_model_state_dict)"),
+    "a tensor beside": ({"best_psnr": torch.tensor(31.2), "state_dict": STATE}, "weights as trained"),
+    "a NumPy number beside": ({"best_psnr": np.float64(31.2), "state_dict": STATE}, "weights as trained"),
+    "a discriminator beside": ({"netD": {"conv.weight": torch.ones(3)}, "netG": STATE}, "weights as trained"),
+    "flat, with a discriminator": ({**prefixed("netG."), "netD.conv.weight": torch.ones(3)}, "weights as trained"),
+    "flat EMA": ({**prefixed("generator.", OTHER), **prefixed("generator_ema.")}, "averaged weights (EMA, generator_ema)"),
+    "nested EMA": ({"model": {"params": OTHER, "params_ema": prefixed("module.")}}, "averaged weights (EMA, model.params_ema)"),
 }  # fmt: skip
 
 
@@ -260,12 +326,13 @@ def test_what_surrounds_the_weights_is_taken_off(tmp_path, name, layout):
 
 def replace_states(found, official):
     """`found` with the tensors of STATE (or OTHER) under official names, keeping prefixes."""
-    if any(torch.is_tensor(value) for value in found.values()):
-        marker = next(name for name in found if name.endswith("conv1.weight"))
-        prefix = marker.removesuffix("conv1.weight")
-        change = 1 if torch.equal(found[marker], OTHER["conv1.weight"]) else 0
-        counters = {name: value for name, value in found.items() if name == "n_averaged"}
-        return {**counters, **{prefix + name: tensor + change for name, tensor in official.items()}}
+    markers = [name for name in found if name.endswith("conv1.weight")]
+    if markers:
+        others = {name: value for name, value in found.items() if name == "n_averaged" or name.startswith("netD")}
+        for marker in markers:
+            change = 1 if torch.equal(found[marker], OTHER["conv1.weight"]) else 0
+            others |= {marker.removesuffix("conv1.weight") + name: tensor + change for name, tensor in official.items()}
+        return others
     return {
         key: replace_states(value, official)
         if isinstance(value, dict) and key not in ("optimizer", "params_ema_empty") and value
@@ -329,6 +396,12 @@ def test_every_missing_tensor_is_listed():
     assert all(f"missing {name}" in str(error.value) for name in lost)
 
 
+def test_names_that_count_far_beyond_the_tensors_cost_nothing():
+    state = official_state() | {"body.99999999.body.7.body.0.weight": torch.zeros(1)}
+    with pytest.raises(ValueError, match="names count up to 100000000 groups of 8 blocks, but it holds"):
+        weights.build(state, "file")
+
+
 def test_traiNNers_unshuffle_is_another_network():
     state = official_state()
     state["head.1.weight"] = state.pop("head.0.weight")
@@ -361,7 +434,7 @@ def test_an_unknown_layout_is_refused(tmp_path):
 @pytest.mark.parametrize("ending", ["pth", "pt", "safetensors"])
 @pytest.mark.parametrize("layout", ["native", "official", "basicsr"])
 @pytest.mark.parametrize("scale", [2, 3, 4, 8])
-def test_a_round_trip_through_every_layout_loses_nothing(tmp_path, scale, layout, ending):
+def test_a_round_trip_through_every_layout_loses_a_last_bit_at_most(tmp_path, scale, layout, ending):
     network = tiny(scale)
     network.mean.copy_(torch.tensor(model.DIV2K_MEAN).view(1, 3, 1, 1))
     network.degradation = "BD"
