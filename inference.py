@@ -22,7 +22,7 @@ import imgproc
 import utils
 import weights
 from config import released_weights
-from photo import Photo, check_writable, read_photo, write_photo
+from photo import FORMATS, Photo, check_writable, read_photo, write_photo
 from upscaling import upscale
 
 
@@ -60,21 +60,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(weights.describe(network))
     if config.tile:
         print(f"tiles of {config.tile} pixels: the network's averages are those of a tile, so the results are not those of whole pictures")
-    enlarge = partial(
-        upscale,
-        network,
-        self_ensemble=config.self_ensemble,
-        precision=utils.choose_precision(config.precision, runtime.device),
-        tile=config.tile,
-        tile_overlap=config.tile_overlap,
-    )
+    precision = utils.choose_precision(config.precision, runtime.device)
+    options = {"self_ensemble": config.self_ensemble, "precision": precision, "tile": config.tile, "tile_overlap": config.tile_overlap}
+    enlarge = partial(upscale, network, **options)
     failed = []
     for file in (bar := tqdm(files, "upscaling", unit="image")):
         try:
             notes = upscale_file(file, targets[file], enlarge, network.upscale_factor, config)
             bar.write("\n    ".join([str(targets[file].absolute()), *notes]))
-        except (ValueError, OSError) as error:  # the others are still wanted
-            failed.append(str(error) if str(file) in str(error) else f"{file}: {error}")
+        except (ValueError, OSError, MemoryError) as error:  # the others are still wanted
+            problem = str(error) or "there is too little memory for it"
+            failed.append(problem if str(file) in problem else f"{file}: {problem}")
     if failed:
         listed = "".join(f"\n    {problem}" for problem in failed)
         raise ValueError(f"{len(failed)} of {len(files)} pictures were not upscaled:{listed}")
@@ -110,14 +106,22 @@ def plan_outputs(files: Sequence[Path], root: Path, folder: Path, output_format:
     """Where each upscaled picture goes: its own name and folder; two that would share a name keep their endings in it.
 
     Raises:
-        ValueError: one would overwrite an input.
+        ValueError: one would overwrite an input, two would be one file, or a format can't be written.
     """
+    unknown = [file for file in files if file.suffix.lower() not in FORMATS] if output_format == "same" else []
+    if unknown:
+        raise ValueError(f"{unknown[0]}: can't be written in its own format; choose --output_format png, jpg, webp, tif or bmp")
     wanted = {file: _target(file, root, folder, output_format, file.stem) for file in files}
     shared = Counter(str(target).lower() for target in wanted.values())  # some systems don't tell A from a
     targets = {
         file: _target(file, root, folder, output_format, file.name) if shared[str(target).lower()] > 1 else target
         for file, target in wanted.items()
     }
+    taken: dict[str, Path] = {}
+    for file, target in targets.items():
+        other = taken.setdefault(str(target).lower(), file)
+        if other != file:
+            raise ValueError(f"{file} and {other} would both be written to {target}: rename one")
     originals = {file.resolve() for file in files}
     for file, target in targets.items():
         if target.resolve() in originals:
@@ -144,12 +148,9 @@ def upscale_file(file: Path, target: Path, enlarge: Callable[[NDArray], NDArray]
     height, width = photo.pixels.shape[:2]
     factor = config.outscale or scale
     size = (max(1, round(height * factor)), max(1, round(width * factor)))
-    check_writable(photo, target.suffix, size)
-    notes = [f"note: {note}" for note in photo.notes]
+    notes = [f"note: {note}" for note in (*photo.notes, *check_writable(photo, target.suffix, size))]
     if factor > scale:
         notes.append(f"note: larger than the network's x{scale}; the rest is bicubic")
-    if photo.icc_profile and target.suffix == ".bmp":
-        notes.append("note: BMP holds no colour profile; its colours may look different")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = enlarge_photo(photo, enlarge, size)

@@ -8,7 +8,7 @@
     gray and alpha, RGB, RGB and alpha uint8                   the same
     palette, transparent palette       uint8                   RGB, RGB and alpha
     CMYK, YCbCr, Lab                   uint8, by its profile   RGB
-    any of the above with 16 bits      uint16                  the same, 16 bits (PNG, TIFF)
+    gray or RGB of 16 bits, or alpha   uint16                  the same, 16 bits (PNG, TIFF)
     several pages or frames            the first               (said in `notes`)
 
 What a format can't hold (alpha in JPEG and BMP, 16 bits in JPEG, WebP and BMP) is refused and never dropped.
@@ -19,7 +19,7 @@ import os
 import struct
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +81,18 @@ def read_photo(path: str | os.PathLike) -> Photo:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong with a file is said below, or doesn't matter
             return _decode(data)
+    except UnsupportedError as error:
+        raise ValueError(f"{path}: {error}; convert it to gray or RGB of 8 or 16 bits first") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path}: not a picture that can be read here; known are {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError:
         raise ValueError(f"{path}: more than {imgproc.MAX_PIXELS:,} pixels; cut it into parts") from None
-    except (*imgproc.DECODING_ERRORS, TypeError) as error:
+    except (*imgproc.DECODING_ERRORS, TypeError, RuntimeError) as error:  # NotImplementedError is one of these
         raise ValueError(f"{path}: the picture is damaged, cut off or of an unknown kind ({error}); open and save it anew") from None
+
+
+class UnsupportedError(ValueError):
+    """A sound picture of a kind that can't be upscaled."""
 
 
 def _decode(data: bytes) -> Photo:
@@ -110,14 +116,16 @@ def _decode(data: bytes) -> Photo:
 def _from_pillow(image: Image.Image) -> Photo:
     notes = _frame_notes(getattr(image, "n_frames", 1) if image.format != "MPO" else 1)  # MPO: a camera's JPEG with its previews
     profile, dpi = image.info.get("icc_profile"), _plain_dpi(image.info.get("dpi"))
+    notes += (_UNKNOWN_CHANNEL,) if image.mode == "RGBX" else ()
     transparent = "transparency" in image.info
+    dpi = _turned_dpi(dpi, image.getexif().get(274, 1))
     image = ImageOps.exif_transpose(image)
     if image.mode in ("CMYK", "LAB", "YCbCr", "HSV"):
         image, profile = _to_srgb(image, profile), None
     gray = image.mode in ("1", "L", "LA", "La")
     has_alpha = transparent or image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
     if image.mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"):
-        raise ValueError(f"its colour mode {image.mode} can't be upscaled")
+        raise UnsupportedError(f"its colour mode {image.mode} can't be upscaled")
     values = np.array(image.convert("RGBA") if has_alpha or image.mode == "P" else image.convert("RGB"))
     alpha = np.ascontiguousarray(values[:, :, 3]) if has_alpha else None
     return Photo(np.ascontiguousarray(values[:, :, :3]), alpha, gray, profile, dpi, notes)
@@ -125,6 +133,13 @@ def _from_pillow(image: Image.Image) -> Photo:
 
 def _frame_notes(count: int) -> tuple[str, ...]:
     return (f"it holds {count} pages or frames, of which only the first is taken",) if count > 1 else ()
+
+
+_UNKNOWN_CHANNEL = "it has a further channel, which is not said to be alpha and was left out"
+
+
+def _turned_dpi(dpi: tuple[float, float] | None, orientation: int) -> tuple[float, float] | None:
+    return dpi[::-1] if dpi and orientation >= 5 else dpi
 
 
 def _plain_dpi(dpi: Any) -> tuple[float, float] | None:
@@ -153,9 +168,23 @@ def _decode_deep_png(data: bytes, image: Image.Image) -> Photo:
         raise ValueError("its 16-bit samples can't be decoded")
     gray = data[25] in (0, 4)  # IHDR's colour type: gray, gray and alpha
     alpha = deep[:, :, 3] if deep.ndim == 3 and deep.shape[2] == 4 else None
+    clear = _png_chunk(data, b"tRNS")
+    if deep.ndim == 2 and len(clear) == 2:  # one gray value that is transparent; OpenCV knows it for RGB only
+        alpha = np.where(deep == int.from_bytes(clear, "big"), 0, 65535).astype(np.uint16)
     pixels = np.repeat(deep[:, :, None], 3, 2) if deep.ndim == 2 else deep[:, :, 2::-1]
     orientation = image.getexif().get(274, 1)
     return _upright(Photo(pixels, alpha, gray, image.info.get("icc_profile"), _plain_dpi(image.info.get("dpi"))), orientation)
+
+
+def _png_chunk(data: bytes, name: bytes) -> bytes:
+    """The content of the first chunk of this name, or nothing."""
+    start = 8
+    while start + 8 <= len(data):
+        length = int.from_bytes(data[start : start + 4], "big")
+        if data[start + 4 : start + 8] == name:
+            return data[start + 8 : start + 8 + length]
+        start += 12 + length
+    return b""
 
 
 def _decode_deep_tiff(data: bytes) -> Photo:
@@ -164,29 +193,43 @@ def _decode_deep_tiff(data: bytes) -> Photo:
         if page.imagewidth * page.imagelength > imgproc.MAX_PIXELS:
             raise Image.DecompressionBombError
         kind = tifffile.PHOTOMETRIC(page.photometric)
-        if page.dtype != np.uint16 or kind not in (
-            tifffile.PHOTOMETRIC.MINISBLACK,
-            tifffile.PHOTOMETRIC.MINISWHITE,
-            tifffile.PHOTOMETRIC.RGB,
-        ):
-            raise ValueError(f"its samples are {page.dtype} {kind.name}; only gray and RGB of 8 or 16 bits can be upscaled")
+        if page.dtype != np.uint16 or page.bitspersample != 16 or kind not in _DEEP_KINDS:
+            raise UnsupportedError(f"its samples are {page.dtype} of {page.bitspersample} bits, {kind.name}")
         values = _samples(page, data)
+        further = page.extrasamples[0] if page.extrasamples else None
         notes = _frame_notes(len(tiff.pages))
         tags = {number: page.tags[number].value for number in (274, 34675) if number in page.tags}
-        dpi = page.get_resolution(tifffile.RESUNIT.INCH) if 282 in page.tags else None
+        has_unit = 296 in page.tags and page.tags[296].value != tifffile.RESUNIT.NONE
+        dpi = page.get_resolution(tifffile.RESUNIT.INCH) if has_unit and 282 in page.tags else None
     if kind == tifffile.PHOTOMETRIC.MINISWHITE:
         values[:, :, 0] = 65535 - values[:, :, 0]
     gray = values.shape[2] < 3
-    alpha = values[:, :, -1] if values.shape[2] in (2, 4) else None
-    pixels = np.repeat(values[:, :, :1], 3, 2) if gray else values[:, :, :3]
+    colours, alpha = values[:, :, :1] if gray else values[:, :, :3], None
+    if values.shape[2] in (2, 4):
+        if further == tifffile.EXTRASAMPLE.UNSPECIFIED:
+            notes += (_UNKNOWN_CHANNEL,)
+        else:
+            alpha = values[:, :, -1]
+        if further == tifffile.EXTRASAMPLE.ASSOCALPHA:
+            colours = _unmultiplied(colours, alpha)
+    pixels = np.repeat(colours, 3, 2) if gray else colours
     return _upright(Photo(pixels, alpha, gray, tags.get(34675), _plain_dpi(dpi), notes), int(tags.get(274, 1)))
+
+
+_DEEP_KINDS = (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.MINISWHITE, tifffile.PHOTOMETRIC.RGB)
+
+
+def _unmultiplied(colours: NDArray, alpha: NDArray) -> NDArray:
+    """Colours that were stored multiplied by alpha."""
+    divisor = np.maximum(alpha, 1)[:, :, None].astype(np.float32) / 65535
+    return np.clip(np.round(colours / divisor), 0, 65535).astype(np.uint16)
 
 
 def _samples(page: tifffile.TiffPage, data: bytes) -> NDArray:
     """(H, W, 1 to 4)"""
     try:
         values = page.asarray()
-    except ValueError:  # a compression that needs further packages; OpenCV knows the usual ones
+    except (ValueError, NotImplementedError):  # a compression that needs further packages; OpenCV knows the usual ones
         values = imgproc.decode_deep(data)
         if values is None or values.dtype != np.uint16:
             raise
@@ -195,7 +238,7 @@ def _samples(page: tifffile.TiffPage, data: bytes) -> NDArray:
         values = np.moveaxis(values, 0, 2)
     values = values[:, :, None] if values.ndim == 2 else values
     if values.ndim != 3 or values.shape[2] > 4:
-        raise ValueError(f"its samples lie as {values.shape}; at most RGB and alpha can be upscaled")
+        raise UnsupportedError(f"its samples lie as {values.shape}, not as at most RGB and alpha")
     return values.copy()
 
 
@@ -208,14 +251,14 @@ def _upright(photo: Photo, orientation: int) -> Photo:
         return np.ascontiguousarray(np.rot90(values, {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}.get(orientation, 0)))
 
     alpha = None if photo.alpha is None else turned(photo.alpha)
-    return Photo(turned(photo.pixels), alpha, photo.gray, photo.icc_profile, photo.dpi, photo.notes)
+    return replace(photo, pixels=turned(photo.pixels), alpha=alpha, dpi=_turned_dpi(photo.dpi, orientation))
 
 
 # Writing
 
 
-def check_writable(photo: Photo, suffix: str, size: tuple[int, int]) -> None:
-    """Refuse what a format can't hold, before the work is done.
+def check_writable(photo: Photo, suffix: str, size: tuple[int, int]) -> tuple[str, ...]:
+    """Refuse what a format can't hold, before the work is done; returns sentences on what it loses beside pixels.
 
     Args:
         suffix: of the file to write, as ".jpg".
@@ -233,6 +276,16 @@ def check_writable(photo: Photo, suffix: str, size: tuple[int, int]) -> None:
         raise ValueError(
             f"the result would be {size[1]}x{size[0]}, but {kind} holds {LONGEST_SIDE[kind]} at most; choose --output_format png"
         )
+    notes = []
+    if photo.icc_profile and not _holds_profile(photo, kind):
+        notes.append(f"{kind} can't hold the colour profile of this picture; its colours may look a little different")
+    if photo.dpi and kind == "WEBP":
+        notes.append("WEBP holds no resolution (dpi)")
+    return tuple(notes)
+
+
+def _holds_profile(photo: Photo, kind: str) -> bool:
+    return kind != "BMP" and not (kind == "WEBP" and photo.gray)  # WebP has no gray, and a gray profile doesn't fit RGB
 
 
 def write_photo(path: str | os.PathLike, photo: Photo, quality: int = 95) -> None:
@@ -273,7 +326,7 @@ def _channels(photo: Photo) -> NDArray:
 def _encode_with_pillow(photo: Photo, kind: str, quality: int) -> bytes:
     values = _channels(photo)
     image = Image.fromarray(np.ascontiguousarray(values[:, :, 0] if values.shape[2] == 1 else values))  # L, LA, RGB or RGBA
-    options: dict[str, Any] = {"icc_profile": photo.icc_profile} if photo.icc_profile and kind != "BMP" else {}
+    options: dict[str, Any] = {"icc_profile": photo.icc_profile} if photo.icc_profile and _holds_profile(photo, kind) else {}
     options |= {"dpi": photo.dpi} if photo.dpi and kind != "WEBP" else {}
     if kind == "JPEG":
         options |= {"quality": quality, "subsampling": 0}

@@ -9,6 +9,7 @@ is that of one piece, to the rounding of float32 (about 1e-6). `tile` is for wha
 """
 
 import gc
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -38,7 +39,8 @@ def upscale(
     Args:
         lr: uint8 or uint16, (h, w, 3); the result is of the same type, (scale h, scale w, 3).
         self_ensemble: the mean over the eight turns of the picture (RCAN+).
-        precision: "fp32", "bf16" or "fp16"; a result that isn't finite is computed again in fp32, with a warning.
+        precision: "fp32", "bf16" or "fp16"; a result that isn't finite is computed again in fp32, with a warning, and pictures
+            of 16 bits are always computed in fp32, as the others have 8 or 11.
         strip_rows: LR rows that the upsampler is given at a time; None: as many as take about `STRIP_BYTES`. When memory runs
             out, half as many are tried, with a warning, down to `MIN_ROWS`.
         tile: side of the tiles, LR pixels, that the picture is cut into, blended over `tile_overlap` pixels; 0: none. Tiles have
@@ -47,10 +49,10 @@ def upscale(
     Raises:
         ValueError: the network's output is not finite, or the picture doesn't fit into memory.
     """
+    precision = "fp32" if lr.dtype == np.uint16 else precision
     while True:
-        rows = strip_rows or _affordable_rows(network, lr.shape[:2])
         try:
-            return _upscale(network, lr, self_ensemble, PRECISIONS[precision], rows, tile, tile_overlap)
+            return _upscale(network, lr, self_ensemble, PRECISIONS[precision], strip_rows, tile, tile_overlap)
         except _NotFiniteError:
             if precision == "fp32":
                 raise ValueError(
@@ -62,7 +64,9 @@ def upscale(
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
-        strip_rows = _fewer_rows(min(rows, lr.shape[0]), lr.shape, tile)  # here, as the error kept the tensors alive
+        height, width = (min(tile or side, side) for side in (max(lr.shape[:2]) if self_ensemble else lr.shape[0], lr.shape[1]))
+        tried = min(height, strip_rows or _affordable_rows(network, max(height, width) if self_ensemble else width))
+        strip_rows = _fewer_rows(tried, lr.shape, tile)  # here, as the error kept the tensors alive
 
 
 STRIP_BYTES = 384 * 2**20  # what the upsampler may take; also what larger strips no longer gain from
@@ -75,7 +79,10 @@ class _NotFiniteError(Exception):
 
 def _is_out_of_memory(error: Exception) -> bool:
     text = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text or "out of memory" in text
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(known in text for known in _NO_MEMORY)
+
+
+_NO_MEMORY = ("allocate memory", "out of memory", "alloc_failed")  # of the CPU, of CUDA, of cuDNN and cuBLAS
 
 
 def _fewer_rows(rows: int, shape: tuple[int, ...], tile: int) -> int:
@@ -90,20 +97,25 @@ def _fewer_rows(rows: int, shape: tuple[int, ...], tile: int) -> int:
     return fewer
 
 
-def _affordable_rows(network: nn.Module, size: tuple[int, int]) -> int:
+def _affordable_rows(network: nn.Module, width: int) -> int:
+    """LR rows of this width whose upsampling takes about `STRIP_BYTES`."""
     if not isinstance(network, model.RCAN):
-        return size[0]
-    row = 3 * 4 * network.arguments["channels"] * network.upscale_factor**2 * size[1]  # bytes: three maps live at a time, float32
+        return sys.maxsize
+    row = 3 * 4 * network.arguments["channels"] * network.upscale_factor**2 * width  # bytes: three maps live at a time, float32
     return max(MIN_ROWS, STRIP_BYTES // row)
 
 
 @torch.inference_mode()
-def _upscale(network: nn.Module, lr: NDArray, self_ensemble: bool, dtype: torch.dtype, rows: int, tile: int, tile_overlap: int) -> NDArray:
+def _upscale(
+    network: nn.Module, lr: NDArray, self_ensemble: bool, dtype: torch.dtype, strip_rows: int | None, tile: int, tile_overlap: int
+) -> NDArray:
     device = next(network.parameters()).device
     peak = np.iinfo(lr.dtype).max
     pixels = torch.from_numpy(lr.astype(np.float32)).to(device).permute(2, 0, 1)[None] / peak  # (1, 3, h, w) in [0, 1]
 
     def strips(x: Tensor) -> Strips:
+        width = min(tile or x.shape[3], x.shape[3])  # of this turn of the picture
+        rows = strip_rows or _affordable_rows(network, width)
         parts = _tiles(network, x, rows, tile, tile_overlap) if 0 < tile < max(x.shape[2:]) else _strips(network, x, rows)
         for top, strip in parts:
             if not torch.isfinite(strip).all():

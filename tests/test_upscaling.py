@@ -92,10 +92,23 @@ def test_a_picture_in_strips_is_that_in_one_piece(self_ensemble):
 
 def test_strips_are_chosen_by_their_size():
     light, full = model.rcan_light_x4(), model.rcan_x4()
-    assert upscaling._affordable_rows(light, (1080, 1920)) == 384 * 2**20 // (3 * 4 * 48 * 16 * 1920)
-    assert upscaling._affordable_rows(full, (10**6, 10**6)) == upscaling.MIN_ROWS
-    assert upscaling._affordable_rows(light, (48, 48)) > 48
-    assert upscaling._affordable_rows(Enlarge(), (7, 9)) == 7
+    assert upscaling._affordable_rows(light, 1920) == 384 * 2**20 // (3 * 4 * 48 * 16 * 1920)
+    assert upscaling._affordable_rows(full, 10**6) == upscaling.MIN_ROWS
+    assert upscaling._affordable_rows(light, 48) > 48
+    assert upscaling._affordable_rows(Enlarge(), 9) > 10**6
+
+
+def test_turned_pictures_have_strips_of_their_own(monkeypatch):
+    asked, strips = [], upscaling._strips
+    monkeypatch.setattr(upscaling, "STRIP_BYTES", 3 * 4 * 8 * 4 * 30 * 10)  # ten rows of 30 LR pixels
+    monkeypatch.setattr(upscaling, "_strips", lambda network, x, rows: asked.append((x.shape[3], rows)) or strips(network, x, rows))
+    upscale(tiny(2), drawn_picture(30, 10), self_ensemble=True)
+    assert sorted(set(asked)) == [(10, 30), (30, 10)]
+
+
+def test_sixteen_bits_are_computed_in_fp32():
+    lr = np.full((4, 5, 3), 12345, np.uint16)
+    assert (upscale(Overflowing(), lr, precision="bf16") == 12345).all()  # without a warning
 
 
 @pytest.mark.slow
@@ -117,6 +130,19 @@ print(peak() - before)
         for rows in ("1000", "0")
     )
     assert whole > 4 * strips
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_full_hd_takes_under_3_gb():
+    code = """
+import numpy as np, torch, model, upscaling, utils
+network = model.RCAN(4, **{**model.LIGHT_SIZE, "num_rg": 1, "num_rcab": 1}).eval()  # more groups take turns in the same memory
+upscaling.upscale(network, np.zeros((1080, 1920, 3), np.uint8))
+print(utils.peak_memory(torch.device("cpu")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert 1 < float(done.stdout) * 2**30 / 1e9 < 3
 
 
 # Memory that runs out
