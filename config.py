@@ -150,20 +150,27 @@ class Config:
         """Where scores and pictures go: results/<exp_name>/test, named after the weights where exp_name is empty.
 
         Another degradation and self-ensemble have folders of their own (test_BD, test_plus); several weights tested at once have
-        one each, and `None` stands for what they have in common.
+        one each, and `None` stands for what they have in common. A file that only shares its name with a run is not filed there.
         """
         kind = "test" + ("" if self.degradation == "BI" else f"_{self.degradation}") + ("_plus" if self.self_ensemble else "")
         if len(self.weights_paths) == 1:
-            return Path(self.results_dir) / (self.exp_name or weights_name(self.weights_paths[0])) / kind
+            return Path(self.results_dir) / (self.exp_name or self._folder_name(self.weights_paths[0])) / kind
         if weights is None:
             return Path(self.results_dir) / (self.exp_name or "table") / kind
-        own = Path(self.exp_name) / kind / weights_name(weights) if self.exp_name else Path(weights_name(weights)) / kind
+        own = Path(self.exp_name) / kind / weights_name(weights) if self.exp_name else Path(self._folder_name(weights)) / kind
         return Path(self.results_dir) / own
+
+    def _folder_name(self, weights: Path) -> str:
+        name = weights_name(weights)
+        is_run = any((Path(self.results_dir) / name / checkpoint).is_file() for checkpoint in _CHECKPOINTS)
+        return f"{name}_file" if is_run and weights.name not in _CHECKPOINTS else name
 
 
 def weights_name(path: Path) -> str:
-    """What weights are called in results: a run's folder, or the file's name up to the first dot."""
-    return path.parent.name if path.name in _CHECKPOINTS else path.name.split(".")[0]
+    """What weights are called in results: a run's folder, or the file's name up to its first dot."""
+    if path.name in _CHECKPOINTS:
+        return path.absolute().parent.name or path.name.split(".")[0]
+    return path.name.lstrip(".").split(".")[0] or "weights"
 
 
 def released_weights(upscale_factor: int) -> Path:

@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import dataset
 import imgproc
 import model
@@ -97,6 +99,7 @@ def score(path: Path, network: model.RCAN, sets: Mapping[str, dataset.Evaluation
         methods["plain"] = partial(upscale, network)
     methods["network"] = partial(upscale, network, self_ensemble=config.self_ensemble)
     scores: dict[str, dict[str, Scores]] = {method: {} for method in methods}
+    upscale(network, np.zeros((32, 32, 3), np.uint8))  # so that no picture's time holds what is done once
     utils.reset_peak_memory(runtime.device)
     for name, images in sets.items():
         for method, upscaler in methods.items():
@@ -140,7 +143,7 @@ PAPER_SETS = ("Set5", "Set14", "B100", "Urban100", "Manga109")
 def report(results: Sequence[Result], absent: Sequence[str], config: Config) -> str:
     """The scores as Markdown: a table for each scale, with the protocol that they were made by."""
     protocol = utils.PROTOCOL.format(scale="scale" if len(results) > 1 else results[0].upscale_factor)
-    ensemble = "self-ensemble of 8 (+)" if config.self_ensemble else "no self-ensemble"
+    ensemble = "+ is the self-ensemble of 8, whose pictures are written" if config.self_ensemble else "no self-ensemble"
     parts = [f"{config.degradation}: {protocol}, whole pictures, fp32, {ensemble}"]
     parts += [_table([result for result in results if result.upscale_factor == scale], scale, config)
               for scale in dict.fromkeys(result.upscale_factor for result in results)]  # fmt: skip
@@ -178,32 +181,46 @@ def _published(row: str, sets: Sequence[str]) -> list[str]:
 
 def write(folder: Path, results: Sequence[Result], absent: Sequence[str], config: Config) -> None:
     """metrics.json, the same by picture in metrics.csv, and report.md."""
-    metrics: dict[str, Any] = {result.name: _metrics(result) for result in results}
+    metrics: dict[str, Any] = {result.name: _metrics(result, config) for result in results}
     utils.write_text(folder / "metrics.json", json.dumps(metrics if len(results) > 1 else metrics[results[0].name], indent=2) + "\n")
-    utils.write_text(folder / "metrics.csv", _rows(results))
+    utils.write_text(folder / "metrics.csv", _rows(results, config))
     about = "\n".join(f"- {name}: {value}" for name, value in utils.provenance().items())
     descriptions = "\n".join(f"- {result.description}" for result in results)
     utils.write_text(folder / "report.md", f"{report(results, absent, config)}\n\n{descriptions}\n{about}\n")
 
 
-def _metrics(result: Result) -> dict[str, Any]:
+def _metrics(result: Result, config: Config) -> dict[str, Any]:
+    protocol = {
+        "upscale_factor": result.upscale_factor,
+        "degradation": config.degradation,
+        "self_ensemble": config.self_ensemble,
+        "peak_memory_gib": result.peak_memory,
+    }
     others = [method for method in result.scores if method != "network"]
     return {
-        name: {**scores, **{method: result.scores[method][name] for method in others}} for name, scores in result.scores["network"].items()
+        name: {**scores, **protocol, **{method: result.scores[method][name] for method in others}}
+        for name, scores in result.scores["network"].items()
     }
 
 
-def _rows(results: Sequence[Result]) -> str:
-    rows = io.StringIO()
-    writer = csv.writer(rows)
-    writer.writerow(("weights", "upscale_factor", "set", "image", "psnr", "ssim", "bicubic_psnr", "bicubic_ssim"))
+def _rows(results: Sequence[Result], config: Config) -> str:
+    """One row a picture and one for the mean; the columns of the other methods follow those of the written pictures."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    others = [method for method in results[0].scores if method != "network"]
+    columns = [f"{method}_{metric}" for method in others for metric in ("psnr", "ssim")]
+    writer.writerow(("weights", "upscale_factor", "degradation", "self_ensemble", "set", "image", "psnr", "ssim", *columns, "seconds"))
     for result in results:
         for name, scores in result.scores["network"].items():
-            bicubic = result.scores["bicubic"][name]
-            for image, own in {**scores["images"], "mean": scores}.items():
-                plain = bicubic["images"].get(image, bicubic)
-                writer.writerow((result.name, result.upscale_factor, name, image, own["psnr"], own["ssim"], plain["psnr"], plain["ssim"]))
-    return rows.getvalue()
+            for image in (*scores["images"], "mean"):
+                found = [result.scores[method][name] for method in ("network", *others)]
+                found = [score if image == "mean" else score["images"][image] for score in found]
+                values = [value for score in found for value in (score["psnr"], score["ssim"])]
+                seconds = scores["seconds"] if image == "mean" else ""
+                writer.writerow(
+                    (result.name, result.upscale_factor, config.degradation, config.self_ensemble, name, image, *values, seconds)
+                )
+    return text.getvalue()
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 python scripts/doctor.py                                    # with the settings of config.py
 python scripts/doctor.py --data_root data --train_sets T91 BSDS200 --model_arch_name rcan_light_x4
 
-It takes the settings of train.py and test.py, reads everything that they would read at their start, and writes nothing. Exit code 1
-means that one of the two would fail.
+It takes the settings of train.py and test.py, reads what they would read at their start, but for a checkpoint to resume from, and writes
+nothing. Exit code 1 means that one of the two would fail.
 """
 
 import importlib
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from config import Config
     from dataset import Pair
 
-CHECKED_PAIRS = 3  # of each set, whose LR images are compared with exact ones
+CHECKED_PAIRS = 10  # of each set, whose LR images are compared with exact ones
 
 Problems = dict[str, list[str]]  # {"training" or "testing": sentences}
 
@@ -235,7 +235,7 @@ def check_weights(config: "Config", problems: Problems) -> None:
     for path in config.weights_paths:
         _check_weights(path, problems["testing"])
     if config.pretrained_model_path:
-        _check_weights(Path(config.pretrained_model_path), problems["training"])
+        _check_start(config, problems["training"])
 
 
 def _check_weights(path: Path, reasons: list[str]) -> None:
@@ -250,9 +250,25 @@ def _check_weights(path: Path, reasons: list[str]) -> None:
         say("weights", weights.describe(network) + ("" if finite else "; PROBLEM: its output is not finite"))
         reasons += [] if finite else [f"weights {path}"]
     except (OSError, ValueError) as error:
-        text = str(error)
-        say("weights", f"PROBLEM: {text[:400]}{' …' if len(text) > 400 else ''}")
+        say("weights", f"PROBLEM: {_shortened(str(error))}")
         reasons.append(f"weights {path}")
+
+
+def _check_start(config: "Config", reasons: list[str]) -> None:
+    """Whether the network to train can begin with `pretrained_model_path`."""
+    import model
+    import weights
+
+    try:
+        network = model.ARCHITECTURES[config.model_arch_name](**config.model_arguments)
+        say("weights", weights.transfer(network, config.pretrained_model_path).splitlines()[0])
+    except (OSError, ValueError) as error:
+        say("weights", f"PROBLEM: {_shortened(str(error))}")
+        reasons.append(f"pretrained_model_path={config.pretrained_model_path!r}")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 400 else f"{text[:400]} …"
 
 
 def check_disk(config: "Config", problems: Problems) -> None:
@@ -278,7 +294,8 @@ def _decoded_bytes(config: "Config") -> int:
     total = 0
     for name in config.train_sets:
         try:
-            sizes = dataset.gt_sizes(dataset.find_pairs(Path(config.data_root) / name, config.upscale_factor), config.upscale_factor)
+            pairs = dataset.find_pairs(Path(config.data_root) / name, config.upscale_factor, config.degradation)
+            sizes = dataset.gt_sizes(pairs, config.upscale_factor)
         except (OSError, ValueError):  # said where data is checked
             continue
         total += sum(3 * height * width for height, width in sizes)
@@ -288,7 +305,7 @@ def _decoded_bytes(config: "Config") -> int:
 def _run(script: Callable[[], Any]) -> None:
     try:
         from utils import run
-    except ImportError:  # packages are missing, which the script says
+    except (ImportError, OSError, RuntimeError):  # packages are missing or broken, which the script says
         script()
     else:
         run(script)

@@ -7,6 +7,7 @@ The file is read back and compared before success is reported.
 """
 
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,18 +39,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Path(config.output)
     if output.exists() and not config.overwrite:
         raise ValueError(f"{output}: already there; choose another --output, or set --overwrite True")
+    if output.exists() and output.samefile(config.model_path):
+        raise ValueError(f"{output}: is the file that is read, and may hold more than its weights; choose another --output")
     network = weights.load(config.model_path)
     print(weights.describe(network))
-    if config.layout == "onnx":
-        weights.export_onnx(network, output)
-        difference = onnx_difference(network, output)
-    else:
-        weights.export(network, output, config.layout)
-        difference = torch_difference(network, weights.load(output))
+    part = output.with_name(f".{os.getpid()}.unchecked.{output.name}")
+    try:
+        difference = export_and_compare(network, part, config.layout)
+        if difference is not None and difference > (allowed := 1e-4 if config.layout == "onnx" else 1e-5):
+            raise ValueError(
+                f"{output}: not written, as it would differ by {difference:.1e} of the range, over {allowed}; please report this"
+            )
+        os.replace(part, output)
+    finally:
+        part.unlink(missing_ok=True)
     compared = "not compared, as onnxruntime is missing" if difference is None else f"differs by at most {difference:.1e} of the range"
     print(f"{output.absolute()}: {config.layout} layout, {output.stat().st_size / 1e6:.2f} MB; {compared}")
-    if difference is not None and difference > 1e-4:
-        raise ValueError(f"{output}: differs by {difference:.1e} from the network that was read; don't use the file, and report this")
+
+
+def export_and_compare(network: model.RCAN, path: Path, layout: str) -> float | None:
+    """Write the file, read it back, and return the largest difference between the pictures of both; None if it can't be known."""
+    if layout == "onnx":
+        weights.export_onnx(network, path)
+        return onnx_difference(network, path)
+    weights.export(network, path, layout)
+    return torch_difference(network, weights.load(path))
 
 
 SIZES = ((1, 3, 24, 31), (2, 3, 17, 16), (1, 3, 48, 20))  # (N, C, h, w), none of which the exporter has seen

@@ -7,7 +7,7 @@ from typing import get_type_hints
 
 import pytest
 
-from config import Config, parse, released_weights
+from config import Config, parse, released_weights, weights_name
 from config_improved import ImprovedConfig
 from helpers import REPOSITORY
 
@@ -132,6 +132,28 @@ def test_the_weights_to_test_are_given_or_the_best_or_the_released(tmp_path):
 )
 def test_scores_are_filed_under_the_weights_name_and_the_protocol(tmp_path, settings, folder):
     assert Config(results_dir=str(tmp_path), **settings).test_dir() == tmp_path / folder
+
+
+def test_a_file_that_shares_a_runs_name_is_not_filed_there(tmp_path):
+    (tmp_path / "rcan_x4").mkdir()
+    (tmp_path / "rcan_x4" / "last.pth.tar").touch()
+    settings = {"results_dir": str(tmp_path)}
+    assert Config(**settings, model_path="pretrained/rcan_x4.pt").test_dir() == tmp_path / "rcan_x4_file" / "test"
+    assert Config(**settings).test_dir() == tmp_path / "rcan_x4" / "test"
+    several = Config(**settings, model_path=("pretrained/rcan_x4.pt", "pretrained/rcan_x2.pt"))
+    assert several.test_dir(Path("pretrained/rcan_x4.pt")) == tmp_path / "rcan_x4_file" / "test"
+    assert several.test_dir(Path("pretrained/rcan_x2.pt")) == tmp_path / "rcan_x2" / "test"
+
+
+def test_weights_always_have_a_name(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert [weights_name(Path(name)) for name in ("best.pth.tar", "../x/last.pth.tar", ".hidden.pth", "a.b.pth")] == [
+        "mine",
+        "x",
+        "hidden",
+        "a",
+    ]
 
 
 def test_several_weights_have_a_folder_each(tmp_path):

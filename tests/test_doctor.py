@@ -63,10 +63,10 @@ def test_a_sound_place_passes_on_one_screen_and_nothing_is_written(place, capsys
 
 def test_lr_images_are_compared_with_exact_ones(place, capsys):
     write_lr(place / "data" / "Set5")
-    assert "LR in LRbicx2, 3 compared: exactly MATLAB's bicubic" in examine(capsys)
+    assert "LR in LRbicx2, 5 compared: exactly MATLAB's bicubic" in examine(capsys)
     write_lr(place / "data" / "Set5", change=6 if imgproc.degrade(drawn_picture(64, 64, 9), 2)[0, 0, 0] < 200 else -6)
     said = examine(capsys)
-    assert "NOT MATLAB's bicubic, 0.0% of the values differ, by up to 6; scores will not compare" in said  # 1 of 3 x 3072 values
+    assert "NOT MATLAB's bicubic, 0.0% of the values differ, by up to 6; scores will not compare" in said  # 1 of 5 x 3072 values
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,16 @@ def test_small_images_and_absent_sets_are_as_in_training_and_testing(place, caps
     said = examine(capsys, "--small_images", "skip", "--test_sets", "Set5", "Urban100")
     assert "test Urban100: no such folder; it would not be scored" in said
     assert "no such folder" in examine(capsys, "--small_images", "skip", "--test_sets", "Urban100", code=1)
+
+
+def test_weights_to_start_from_must_fit_the_network(place, capsys):
+    start = ["--pretrained_model_path", "w.pth"]
+    said = examine(capsys, *start, code=1)
+    assert "PROBLEM: w.pth: " in said
+    assert "weights don't fit the network to train" in said
+    assert "training   would fail: pretrained_model_path='w.pth'" in said
+    size = ["--channels", "8", "--reduction", "4", "--num_rg", "2", "--num_rcab", "2"]
+    assert "started from w.pth" in examine(capsys, *start, *size)
 
 
 def test_too_little_room_is_a_problem(place, capsys, monkeypatch):

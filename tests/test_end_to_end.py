@@ -125,6 +125,14 @@ def test_self_ensemble_is_said_and_differs(place, tested):
     assert metrics["plain"]["images"] == plain["images"] != metrics["images"]
     for label, scores in (("run", plain), ("run+", metrics)):
         assert f"| **{label}** | {scores['psnr']:.2f} / " in done.stdout
+    assert (metrics["self_ensemble"], metrics["degradation"], metrics["upscale_factor"]) == (True, "BI", 3)
+    assert metrics["peak_memory_gib"] > 0.1
+    row = next(csv.DictReader((place / "results/run/test_plus/metrics.csv").read_text().splitlines()))
+    assert (row["image"], float(row["plain_psnr"]), float(row["psnr"])) == (
+        "a",
+        plain["images"]["a"]["psnr"],
+        metrics["images"]["a"]["psnr"],
+    )
     assert not (place / "results/run/test_plus/Valid").exists()
 
 

@@ -54,9 +54,22 @@ def test_without_onnx_the_remedy_is_said(folder, monkeypatch):
     assert sorted(path.name for path in folder.iterdir()) == ["w.pth"]
 
 
-def test_a_file_that_differs_is_not_reported_as_good(folder, monkeypatch):
+@pytest.mark.parametrize("already_there", [False, True])
+def test_a_file_that_differs_is_not_left_behind(folder, monkeypatch, already_there):
     other = tiny(2, num_rg=1, num_rcab=1)
-    other.conv3.bias.data += 0.01
+    other.load_state_dict(weights.load(folder / "w.pth").state_dict())
+    other.conv3.bias.data += 2e-5
+    if already_there:
+        (folder / "a.pth").write_bytes(b"before")
     monkeypatch.setattr(export.weights, "export", lambda network, path, layout: torch.save(other.state_dict(), path))
-    with pytest.raises(ValueError, match=r"differs by .* from the network that was read"):
-        run(folder, "native", "a.pth")
+    with pytest.raises(ValueError, match=r"a\.pth: not written, as it would differ by 2\.0e-05 of the range, over 1e-05"):
+        run(folder, "native", "a.pth", "--overwrite", "True")
+    assert sorted(path.name for path in folder.iterdir()) == ["a.pth", "w.pth"][not already_there :]
+    assert not already_there or (folder / "a.pth").read_bytes() == b"before"
+
+
+def test_the_file_that_is_read_is_never_overwritten(folder):
+    before = (folder / "w.pth").read_bytes()
+    with pytest.raises(ValueError, match=r"w\.pth: is the file that is read, and may hold more than its weights"):
+        run(folder, "official", "w.pth", "--overwrite", "True")
+    assert (folder / "w.pth").read_bytes() == before
