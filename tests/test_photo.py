@@ -359,7 +359,8 @@ def test_alpha_of_one_value_stays_exactly_that():
         return double(image)
 
     result = inference.enlarge_photo(Photo(RGB, np.full((12, 17), 200, np.uint8)), count, (24, 34))
-    assert (result.alpha == 200).all()
+    assert (result.alpha == np.full((24, 34), 200)).all()
+    assert result.alpha.shape == (24, 34)
     assert len(calls) == 1
 
 
@@ -490,7 +491,7 @@ def test_settings_out_of_range_are_refused(tmp_path, arguments, message, capsys)
     assert message in " ".join(f"{capsys.readouterr().err} {error.value}".replace("│", " ").split())
 
 
-@pytest.mark.parametrize(("outscale", "size"), [(1, (12, 17)), (2, (24, 34)), (1.3, (16, 22)), (0.01, (1, 1)), (5, (60, 85))])
+@pytest.mark.parametrize(("outscale", "size"), [(1, (12, 17)), (2, (24, 34)), (1.3, (16, 22)), (1.1, (13, 19)), (0.01, (1, 1)), (5, (60, 85))])
 def test_outscale_is_the_final_size(tmp_path, network_path, outscale, size):
     imgproc.write_image(tmp_path / "a.png", RGB)
     run("--input", tmp_path / "a.png", "--output", tmp_path / "o", "--model_path", network_path, "--outscale", outscale)
