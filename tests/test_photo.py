@@ -491,7 +491,9 @@ def test_settings_out_of_range_are_refused(tmp_path, arguments, message, capsys)
     assert message in " ".join(f"{capsys.readouterr().err} {error.value}".replace("│", " ").split())
 
 
-@pytest.mark.parametrize(("outscale", "size"), [(1, (12, 17)), (2, (24, 34)), (1.3, (16, 22)), (1.1, (13, 19)), (0.01, (1, 1)), (5, (60, 85))])
+@pytest.mark.parametrize(
+    ("outscale", "size"), [(1, (12, 17)), (2, (24, 34)), (1.3, (16, 22)), (1.1, (13, 19)), (0.01, (1, 1)), (5, (60, 85))]
+)
 def test_outscale_is_the_final_size(tmp_path, network_path, outscale, size):
     imgproc.write_image(tmp_path / "a.png", RGB)
     run("--input", tmp_path / "a.png", "--output", tmp_path / "o", "--model_path", network_path, "--outscale", outscale)
