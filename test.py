@@ -138,6 +138,7 @@ PAPER = {
     },
 }
 PAPER_SETS = ("Set5", "Set14", "B100", "Urban100", "Manga109")
+_SAME_SET = {"BSD100": "B100", "BSDS100": "B100"}
 
 
 def report(results: Sequence[Result], absent: Sequence[str], config: Config) -> str:
@@ -164,7 +165,7 @@ def _table(results: Sequence[Result], scale: int, config: Config) -> str:
         rows.append([f"{label}: seconds an image", *(f"{result.scores['network'][name]['seconds']:.2f}" for name in sets)])
         if result.peak_memory is not None:
             rows.append([f"{label}: peak memory, GiB", f"{result.peak_memory:.2f}", *[""] * (len(sets) - 1)])
-    if config.degradation == "BI":
+    if config.degradation == "BI" and any(_SAME_SET.get(name, name) in PAPER_SETS for name in sets):
         rows += [[f"*paper: {method}*", *_published(row, sets)] for method, row in PAPER[scale].items()
                  if config.self_ensemble or method != "RCAN+"]  # fmt: skip
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -176,7 +177,7 @@ def _cell(scores: Scores) -> str:
 
 def _published(row: str, sets: Sequence[str]) -> list[str]:
     known = dict(zip(PAPER_SETS, row.split(", "), strict=True))
-    return [known.get({"BSD100": "B100", "BSDS100": "B100"}.get(name, name), "–") for name in sets]
+    return [known.get(_SAME_SET.get(name, name), "–") for name in sets]
 
 
 def write(folder: Path, results: Sequence[Result], absent: Sequence[str], config: Config) -> None:
