@@ -50,12 +50,7 @@ def read_image(path: str | os.PathLike) -> Picture:
         FileNotFoundError: there is no such file.
         ValueError: the file is empty, cut off, no image, or has more than `MAX_PIXELS`. The message names the file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    data = path.read_bytes()
-    if not data:
-        raise ValueError(f"{path}: the file is empty; copy or download it again")
+    data = read_bytes(path)
     try:
         return _decode(data)
     except UnidentifiedImageError:
@@ -78,10 +73,31 @@ def write_image(path: str | os.PathLike, image: Picture) -> None:
         raise ValueError(f"{path}: unknown ending {path.suffix!r}; known are {', '.join(IMAGE_SUFFIXES)}")
     done, encoded = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     assert done
+    write_bytes(path, encoded.tobytes())
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """A picture file's bytes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is empty.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    data = path.read_bytes()
+    if not data:
+        raise ValueError(f"{path}: the file is empty; copy or download it again")
+    return data
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a picture file whole or not at all; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(encoded.tobytes())
+        part.write_bytes(data)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -71,12 +71,7 @@ def read_photo(path: str | os.PathLike) -> Photo:
         ValueError: the file is empty, cut off, no picture, of a kind that can't be upscaled, or has more than
             `imgproc.MAX_PIXELS`. The message names the file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    data = path.read_bytes()
-    if not data:
-        raise ValueError(f"{path}: the file is empty; copy or download it again")
+    data = imgproc.read_bytes(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong with a file is said below, or doesn't matter
@@ -308,13 +303,7 @@ def write_photo(path: str | os.PathLike, photo: Photo, quality: int = 95) -> Non
         encoded = _encode_deep_png(photo)
     else:
         encoded = _encode_with_pillow(photo, kind, quality)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(encoded)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    imgproc.write_bytes(path, encoded)
 
 
 def _channels(photo: Photo) -> NDArray:
