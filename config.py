@@ -29,6 +29,8 @@ class Config:
     reduction: int | None = None  # how many times narrower the attention's bottleneck is; None: as the name says
     num_rg: int | None = None  # residual groups; None: as the name says
     num_rcab: int | None = None  # blocks in each group; None: as the name says
+    attention: Literal["channel", "cbam", "cbam_average"] | None = None  # cbam_average: without maxima; None: as the name says
+    initial_spatial_gate: float | None = None  # where CBAM's factor of each pixel starts, 0 to 1; None: random, as published
 
     # The run
     mode: Literal["train", "test", "valid"] | None = None  # None: each script runs in its own mode; valid is test
@@ -96,6 +98,11 @@ class Config:
                 f"model_arch_name={self.model_arch_name!r} contradicts upscale_factor={self.upscale_factor}: "
                 f"set model_arch_name={family + '_x' + str(self.upscale_factor)!r} or upscale_factor={scale}"
             )
+        if self.initial_spatial_gate is not None and "cbam" not in (self.attention or self.model_arch_name):
+            raise ValueError(
+                f"initial_spatial_gate={self.initial_spatial_gate} contradicts model_arch_name={self.model_arch_name!r} with "
+                f"attention={self.attention!r}, which has no gate of that kind: set initial_spatial_gate=None or attention='cbam'"
+            )
         if self.start_epoch and self.resume == "never":
             raise ValueError(f"start_epoch={self.start_epoch} contradicts resume='never': set start_epoch=0 or resume='auto'")
         if self.start_epoch >= self.epochs:
@@ -105,6 +112,8 @@ class Config:
         for name in _AT_LEAST_1:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.initial_spatial_gate is not None and not 0 < self.initial_spatial_gate < 1:
+            raise ValueError(f"initial_spatial_gate={self.initial_spatial_gate} must lie between 0 and 1, and be neither; 0.95 is usual")
         for name in _AT_LEAST_0:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0, and finite")
@@ -132,10 +141,10 @@ class Config:
         return self.epochs * self.steps_per_epoch
 
     @property
-    def model_arguments(self) -> dict[str, int]:
-        """What differs from the named size."""
-        sizes = {name: getattr(self, name) for name in ("channels", "reduction", "num_rg", "num_rcab")}
-        return {name: value for name, value in sizes.items() if value is not None}
+    def model_arguments(self) -> dict[str, Any]:
+        """What differs from the named network."""
+        given = {name: getattr(self, name) for name in _OF_THE_MODEL}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def weights_paths(self) -> tuple[Path, ...]:
@@ -199,6 +208,7 @@ def parse(settings: type[Settings], mode: Literal["train", "test"] | None, argv:
     return config
 
 
+_OF_THE_MODEL = ("channels", "reduction", "num_rg", "num_rcab", "attention", "initial_spatial_gate")
 _CHECKPOINTS = ("best.pth.tar", "last.pth.tar")
 _AT_LEAST_1 = (
     "channels", "reduction", "num_rg", "num_rcab", "epochs", "steps_per_epoch", "lr_patch_size", "batch_size", "halve_every",

@@ -191,10 +191,12 @@ def _fold_rcan_it(state: State) -> State:
             state[name] = state[name] * RCAN_IT_RESIDUAL_SCALE
         squeeze = f"{block}.3.channel_attention_layer.1.weight"  # what it is given shrinks with the second convolution
         state[squeeze] = state[squeeze] / RCAN_IT_RESIDUAL_SCALE
-    return {**state, **{mark: torch.empty(0) for mark in model.MARKS}}
+    return {**state, **{mark: torch.empty(0) for mark in RCAN_IT_MARKS}}
 
 
 RCAN_IT_RESIDUAL_SCALE = 0.1  # the default of its settings; files don't hold it
+
+RCAN_IT_MARKS = ("silu", "upsampler_activation")  # of model.MARKS: how its networks differ from the paper's
 
 RCAN_IT = replace(
     OFFICIAL,

@@ -10,6 +10,7 @@ CBAM: Woo et al., "CBAM: Convolutional Block Attention Module", ECCV 2018.
 The names of the parameters are those of the weights that people download for this repository, so such files load as they are.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -30,10 +31,12 @@ class RCAN(nn.Module):
         reduction: how many times narrower the bottleneck of the attention is, rounded down; at most `channels`.
         num_rg: residual groups.
         num_rcab: residual channel attention blocks in each group.
-        attention: "channel" as in the paper, or "cbam".
+        attention: "channel" as in the paper; "cbam"; or "cbam_average", CBAM without the maxima over the picture (see `CBAM`).
         mean: RGB in [0, 1], subtracted before the first convolution and added after the last.
         activation: "relu" as in the paper, or "silu" as in RCAN-it (Lin et al., "Revisiting RCAN", 2022).
         upsampler_activation: whether an activation follows each step of the upsampler, as in RCAN-it.
+        initial_spatial_gate: CBAM's factor of every pixel before training, between 0 and 1; None: random weights, as published,
+            which begin near 0.5. It is about training only: files of weights don't depend on it.
 
     Raises:
         ValueError: for an unknown scale, attention or activation, or a size that can't be built.
@@ -50,9 +53,11 @@ class RCAN(nn.Module):
         mean: tuple[float, float, float] = DIV2K_MEAN,
         activation: str = "relu",
         upsampler_activation: bool = False,
+        initial_spatial_gate: float | None = None,
     ) -> None:
         super().__init__()
         _check_choices(upscale_factor, attention, activation)
+        _check_gate(attention, initial_spatial_gate)
         _check_size(channels, reduction, num_rg, num_rcab)
         self.arguments = {
             "upscale_factor": upscale_factor,
@@ -75,6 +80,9 @@ class RCAN(nn.Module):
         self.conv3 = _conv3x3(channels, 3)
         for mark in self.marks():  # in the state_dict, so that such weights can never be taken for the paper's
             self.register_buffer(mark, torch.empty(0))
+        if initial_spatial_gate is not None:
+            for attention_layer in filter(lambda module: isinstance(module, CBAM), self.modules()):
+                attention_layer.open_spatial_gate(initial_spatial_gate)
 
     def marks(self) -> list[str]:
         """Names of the empty buffers that say what no other name or shape says; none for the paper's network."""
@@ -143,10 +151,15 @@ class CBAM(nn.Module):
     """A factor for each channel, then a factor for each pixel (CBAM, equations 1 to 3).
 
     The multilayer perceptron shares its names with `ChannelAttention`, so that plain RCAN weights are a start for CBAM.
+
+    Args:
+        use_maximum: whether a channel's factor also comes from its maximum over the picture, as published. Maxima grow with the
+            picture, so that patches in training see smaller ones than whole pictures; without them it is RCAN's channel attention.
     """
 
-    def __init__(self, channels: int, reduction: int, activation: str = "relu") -> None:
+    def __init__(self, channels: int, reduction: int, activation: str = "relu", use_maximum: bool = True) -> None:
         super().__init__()
+        self.use_maximum = use_maximum
         self.channel_attention_layer = ChannelAttention(channels, reduction, activation).channel_attention_layer
         self.spatial_attention_layer = nn.Sequential(nn.Conv2d(2, 1, 7, padding=3), nn.Sigmoid())
 
@@ -159,6 +172,8 @@ class CBAM(nn.Module):
         return x * self.spatial_gate(x)  # (N, C, h, w) * (N, 1, h, w)
 
     def channel_gate(self, x: Tensor) -> Tensor:
+        if not self.use_maximum:
+            return self.channel_attention_layer(x)  # (N, C, 1, 1), 0..1
         average, squeeze, activation, excite, sigmoid = self.channel_attention_layer
         pooled = torch.stack((average(x), x.amax((2, 3), keepdim=True)))  # (2, N, C, 1, 1)
         gates = excite(activation(squeeze(pooled.flatten(0, 1)))).view_as(pooled)  # (2, N, C, 1, 1), the same perceptron for both
@@ -167,6 +182,12 @@ class CBAM(nn.Module):
     def spatial_gate(self, x: Tensor) -> Tensor:
         summary = torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), 1)  # (N, 2, h, w)
         return self.spatial_attention_layer(summary)  # (N, 1, h, w), 0..1
+
+    def open_spatial_gate(self, value: float) -> None:
+        """Make `value` the factor of every pixel, whatever the input."""
+        convolution = self.spatial_attention_layer[0]
+        nn.init.zeros_(convolution.weight)
+        nn.init.constant_(convolution.bias, math.log(value / (1 - value)))
 
 
 class Upsampler(nn.Module):
@@ -193,9 +214,13 @@ class Upsampler(nn.Module):
         return activation[0](x) if activation else x
 
 
-ATTENTIONS = {"channel": ChannelAttention, "cbam": CBAM}
+ATTENTIONS = {"channel": ChannelAttention, "cbam": CBAM, "cbam_average": partial(CBAM, use_maximum=False)}
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
-MARKS = {"silu": ("activation", "silu"), "upsampler_activation": ("upsampler_activation", True)}  # buffer: the argument it stands for
+MARKS = {  # buffer: the argument that it stands for
+    "silu": ("activation", "silu"),
+    "upsampler_activation": ("upsampler_activation", True),
+    "cbam_average": ("attention", "cbam_average"),
+}
 _UPSAMPLING_FACTORS = {2: (2,), 3: (3,), 4: (2, 2), 8: (2, 2, 2)}
 
 PAPER_SIZE = {"channels": 64, "reduction": 16, "num_rg": 10, "num_rcab": 20}
@@ -221,6 +246,17 @@ def _check_choices(upscale_factor: int, attention: str, activation: str) -> None
     for name, (value, known) in choices.items():
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; known are {', '.join(map(repr, known))}")
+
+
+def _check_gate(attention: str, initial_spatial_gate: float | None) -> None:
+    if initial_spatial_gate is None:
+        return
+    if attention == "channel":
+        raise ValueError(
+            f"initial_spatial_gate={initial_spatial_gate} contradicts attention='channel', which has none: set it to None, or take CBAM"
+        )
+    if not 0 < initial_spatial_gate < 1:
+        raise ValueError(f"initial_spatial_gate={initial_spatial_gate} must lie between 0 and 1, and be neither")
 
 
 def _check_size(channels: int, reduction: int, num_rg: int, num_rcab: int) -> None:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 import model
-from layouts import LAYOUTS, MEAN_SHIFT, NATIVE, OFFICIAL, RCAN_IT, Layout, Size, State, pattern
+from layouts import LAYOUTS, MEAN_SHIFT, NATIVE, OFFICIAL, RCAN_IT, RCAN_IT_MARKS, Layout, Size, State, pattern
 
 # Files
 
@@ -166,7 +166,8 @@ def transfer(network: model.RCAN, path: str | os.PathLike) -> str:
     new_upsampler = source.upscale_factor != network.upscale_factor
 
     def replaceable(name: str) -> bool:  # may stay as it was made
-        return (new_upsampler and name.startswith("upsampling.")) or (name not in given and ".spatial_attention_layer." in name)
+        of_cbam = ".spatial_attention_layer." in name or (name == "cbam_average" and source.arguments["attention"] == "channel")
+        return (new_upsampler and name.startswith("upsampling.")) or (name not in given and of_cbam)
 
     taken = {name: tensor for name, tensor in given.items() if not replaceable(name)}
     kept = {name: tensor for name, tensor in wanted.items() if name not in taken}
@@ -320,15 +321,14 @@ def _allocate(layout: Layout, size: Size, state: Mapping[str, Tensor], names: Ma
     steps = tuple(count // channels if count % channels == 0 else None for count in upsampler.values())
     if steps not in _SCALES:
         raise ValueError(f"{source}: upsampler of unknown shape, {upsampler} for {channels} channels; known are x2, x3, x4 and x8")
-    marked = model.MARKS if layout is RCAN_IT else {mark: value for mark, value in model.MARKS.items() if mark in state}
+    marks = RCAN_IT_MARKS if layout is RCAN_IT else model.MARKS.keys() & state.keys()
     return model.RCAN(
         _SCALES[steps],
         channels,
         reduction=channels // min(squeezed, channels),
         num_rg=size.groups,
         num_rcab=size.blocks,
-        attention="cbam" if size.cbam else "channel",
-        **dict(marked.values()),
+        **{"attention": "cbam" if size.cbam else "channel", **dict(model.MARKS[mark] for mark in marks)},
     )
 
 
