@@ -151,6 +151,7 @@ class CBAM(nn.Module):
     """A factor for each channel, then a factor for each pixel (CBAM, equations 1 to 3).
 
     The multilayer perceptron shares its names with `ChannelAttention`, so that plain RCAN weights are a start for CBAM.
+    Maxima are taken with their places, since `amax` looks for them again in backward; compiled in bf16 it finds none: 0 / 0.
 
     Args:
         use_maximum: whether a channel's factor also comes from its maximum over the picture, as published. Maxima grow with the
@@ -175,12 +176,12 @@ class CBAM(nn.Module):
         if not self.use_maximum:
             return self.channel_attention_layer(x)  # (N, C, 1, 1), 0..1
         average, squeeze, activation, excite, sigmoid = self.channel_attention_layer
-        pooled = torch.stack((average(x), x.amax((2, 3), keepdim=True)))  # (2, N, C, 1, 1)
+        pooled = torch.stack((average(x), functional.adaptive_max_pool2d(x, 1)))  # (2, N, C, 1, 1)
         gates = excite(activation(squeeze(pooled.flatten(0, 1)))).view_as(pooled)  # (2, N, C, 1, 1), the same perceptron for both
         return sigmoid(gates.sum(0))  # (N, C, 1, 1), 0..1
 
     def spatial_gate(self, x: Tensor) -> Tensor:
-        summary = torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), 1)  # (N, 2, h, w)
+        summary = torch.cat((x.mean(1, keepdim=True), x.max(1, keepdim=True).values), 1)  # (N, 2, h, w)
         return self.spatial_attention_layer(summary)  # (N, 1, h, w), 0..1
 
     def open_spatial_gate(self, value: float) -> None:

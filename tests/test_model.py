@@ -1,5 +1,6 @@
 """The network: equal to its definition, its names, its sizes, and what it refuses."""
 
+import shutil
 from typing import get_args
 
 import pytest
@@ -12,7 +13,7 @@ import model
 from helpers import TINY, tiny
 
 SCALES = (2, 3, 4, 8)
-ATTENTIONS = ("channel", "cbam")
+ATTENTIONS = ("channel", "cbam", "cbam_average")
 
 
 def parameters(network) -> int:
@@ -33,7 +34,8 @@ def by_definition(state, x, upscale_factor):
         gates = perceptron(x.mean((2, 3), keepdim=True))
         if spatial + ".weight" not in state:
             return x * gates.sigmoid()
-        x = x * (gates + perceptron(x.flatten(2).max(2).values[..., None, None])).sigmoid()
+        maxima = 0 if "cbam_average" in state else perceptron(x.flatten(2).max(2).values[..., None, None])
+        x = x * (gates + maxima).sigmoid()
         return x * conv(spatial, torch.cat((x.mean(1, keepdim=True), x.max(1, keepdim=True).values), 1), 3).sigmoid()
 
     mean = state["mean"]
@@ -137,6 +139,45 @@ def test_the_gradient_reaches_every_weight(attention):
         assert parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling for a CPU needs g++")
+@pytest.mark.parametrize("attention", ("cbam", "cbam_average"))
+def test_compiled_bf16_gradients_are_those_of_eager_fp32(attention):
+    """`amax` finds its maxima again in backward; compiled in bf16 it found none, and every gradient was nan."""
+
+    def gradient(compiled, dtype):
+        group = tiny(2, attention, channels=16).trunk[0].train()
+        if compiled:
+            group.compile()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            group(x).square().mean().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in group.parameters()])
+
+    x = torch.randn(2, 16, 12, 12)
+    exact, found = gradient(False, torch.float32), gradient(True, torch.bfloat16)
+    assert functional.cosine_similarity(exact, found, dim=0) > 0.99
+
+
+def test_an_open_spatial_gate_is_a_constant_factor_that_learns():
+    """A gate of 0.9 for each pixel: what is left is 0.9 times channel attention, to the last bit of the logarithm."""
+    attention = model.RCAN(2, **TINY, attention="cbam_average", initial_spatial_gate=0.9).trunk[0].residual_group[1]
+    attention, x = attention.residual_channel_attention_block[3], torch.randn(2, 8, 9, 11)
+    expected = 0.9 * x * attention.channel_attention_layer(x)
+    found = attention(x)
+    assert found.detach().numpy() == approx(expected.detach().numpy(), rel=1e-5)
+    found.square().sum().backward()
+    assert attention.spatial_attention_layer[0].weight.grad.abs().sum() > 0
+
+
+def test_plain_weights_in_cbam_without_maxima_differ_by_the_gate_alone():
+    plain = tiny(2)
+    start = tiny(2, "cbam_average", initial_spatial_gate=1 - 1e-7)
+    start.load_state_dict({**start.state_dict(), **plain.state_dict()})
+    x = torch.rand(1, 3, 9, 9)
+    with torch.no_grad():
+        assert start(x).numpy() == approx(plain(x).numpy(), abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -145,6 +186,8 @@ def test_the_gradient_reaches_every_weight(attention):
         ({"upscale_factor": 4, "channels": 12}, "channels=12, reduction=16.*reduction at most channels"),
         ({"upscale_factor": 4, "activation": "elu"}, "activation='elu' is unknown; known are 'relu', 'silu'"),
         ({"upscale_factor": 4, "num_rg": 0}, "num_rg=0.*at least 1"),
+        ({"upscale_factor": 4, "initial_spatial_gate": 0.9}, "initial_spatial_gate=0.9 contradicts attention='channel'"),
+        ({"upscale_factor": 4, "attention": "cbam", "initial_spatial_gate": 1.0}, "initial_spatial_gate=1.0 must lie between 0 and 1"),
     ],
 )
 def test_what_cannot_be_built_is_refused(arguments, message):

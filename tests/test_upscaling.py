@@ -58,7 +58,7 @@ def test_self_ensemble_is_the_mean_over_the_eight_turns():
 # Strips
 
 
-@pytest.mark.parametrize("attention", ["channel", "cbam"])
+@pytest.mark.parametrize("attention", ["channel", "cbam", "cbam_average"])
 @pytest.mark.parametrize("scale", [2, 3, 4, 8])
 @pytest.mark.parametrize("rows", [1, 4, 5, 18])
 def test_strips_change_nothing(scale, attention, rows):

@@ -20,7 +20,7 @@ def equal(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("attention", ["channel", "cbam"])
+@pytest.mark.parametrize("attention", ["channel", "cbam", "cbam_average"])
 @pytest.mark.parametrize("scale", [2, 3, 4, 8])
 def test_a_saved_network_comes_back_equal(tmp_path, scale, attention):
     network = tiny(scale, attention, channels=12, reduction=3, num_rg=3, num_rcab=1)
@@ -517,7 +517,7 @@ def test_silu_weights_can_not_be_taken_for_the_papers(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["channel", "cbam"])
+@pytest.mark.parametrize("attention", ["channel", "cbam", "cbam_average"])
 @pytest.mark.parametrize("scale", [2, 3, 4, 8])
 def test_onnx_gives_the_same_at_sizes_that_it_was_not_exported_with(tmp_path, scale, attention):
     onnxruntime = pytest.importorskip("onnxruntime")
