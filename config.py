@@ -75,6 +75,8 @@ class Config:
     eval_every: int = 1000  # PSNR and SSIM of valid_sets, sample pictures, and best.pth.tar
     save_every: int = 1000  # last.pth.tar, from which the same command resumes
 
+    best_metric: Literal["psnr", "ssim", "newest"] = "psnr"  # which weights best.pth.tar keeps, by the first of valid_sets
+
     # Composite loss, for train_improved.py
     use_composite_loss: bool = False  # False: L1 alone; True: the weighted sum of the three terms below
     l1_weight: float = 1.0  # of the mean absolute difference
@@ -190,10 +192,11 @@ def released_weights(upscale_factor: int) -> Path:
 Settings = TypeVar("Settings", bound=Config)
 
 
-def parse(settings: type[Settings], mode: Literal["train", "test"] | None, argv: Sequence[str] | None = None) -> Settings:
+def parse(settings: type[Settings] | Settings, mode: Literal["train", "test"] | None, argv: Sequence[str] | None = None) -> Settings:
     """The settings of this run: the file's values, replaced by those on the command line.
 
     Args:
+        settings: the class, or an instance whose values are taken instead of the file's.
         mode: what the script does; None for one to which any mode is right.
 
     Raises:
@@ -202,7 +205,9 @@ def parse(settings: type[Settings], mode: Literal["train", "test"] | None, argv:
     import tyro  # only here, so that importing the settings stays cheap
 
     _check_types(settings)  # of the edited lines
-    config = tyro.cli(settings, args=argv, use_underscores=True, config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands))
+    kind, start = (settings, {}) if isinstance(settings, type) else (type(settings), {"default": settings})
+    options = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
+    config = tyro.cli(kind, args=argv, use_underscores=True, config=options, **start)
     if None not in (mode, config.mode) and {"valid": "test"}.get(config.mode, config.mode) != mode:
         raise ValueError(f"mode={config.mode!r} contradicts this script, which can only {mode}: leave mode at None, or run another script")
     return config

@@ -4,12 +4,15 @@
     network = model.rcan_light_x4()                             # for CPUs
     network = model.RCAN(4, channels=32, num_rg=2, num_rcab=4)  # your own
     sr = network(lr)                                            # RGB in [0, 1]; (N, 3, h, w) -> (N, 3, 4h, 4w)
+    logits = model.Discriminator()(sr)                          # (N, 1), for train_improved.py
 
 RCAN: Zhang et al., "Image Super-Resolution Using Very Deep Residual Channel Attention Networks", ECCV 2018.
 CBAM: Woo et al., "CBAM: Convolutional Block Attention Module", ECCV 2018.
+ESRGAN: Wang et al., "Enhanced Super-Resolution Generative Adversarial Networks", ECCV Workshops 2018.
 The names of the parameters are those of the weights that people download for this repository, so such files load as they are.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -215,6 +218,43 @@ class Upsampler(nn.Module):
         return activation[0](x) if activation else x
 
 
+class Discriminator(nn.Module):
+    """Whether a picture is an original, as one logit: ESRGAN's network in VGG's style (its released training code).
+
+    Pairs of a 3x3 convolution and a 4x4 one of stride 2, with 1, 2, 4, 8 and 8 times `channels`, batch normalisation and
+    LeakyReLU(0.2), then two linear layers. The last feature maps are averaged to 4x4, which they have for patches of 128, so
+    that patches of any size fit. Statistics are always those of the batch: it has no buffers, and eval mode changes nothing.
+
+    Raises:
+        ValueError: for pictures smaller than `MIN_SIZE`, or a single one whose last feature maps are one pixel.
+    """
+
+    MIN_SIZE = 32  # pixels, halved five times
+
+    def __init__(self, channels: int = 64) -> None:
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels={channels} must be at least 1")
+        widths = [channels * factor for factor in (1, 2, 4, 8, 8)]
+        layers: list[nn.Module] = [_conv3x3(3, channels), nn.LeakyReLU(0.2), *_halving(channels)]
+        for before, after in itertools.pairwise(widths):
+            layers += [*_normalised(nn.Conv2d(before, after, 3, padding=1, bias=False)), *_halving(after)]
+        self.features = nn.Sequential(*layers)
+        self.pool = nn.AdaptiveAvgPool2d(4)
+        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(widths[-1] * 16, 100), nn.LeakyReLU(0.2), nn.Linear(100, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, 1) in float32 of `x`, (N, 3, H, W) RGB in [0, 1]."""
+        if min(x.shape[2:]) < self.MIN_SIZE or (x.shape[0] == 1 and max(x.shape[2:]) < 2 * self.MIN_SIZE):
+            raise ValueError(
+                f"{x.shape[0]} picture(s) of {x.shape[3]}x{x.shape[2]} are too small for the discriminator: "
+                f"sides must be at least {self.MIN_SIZE}, or {2 * self.MIN_SIZE} for a single picture"
+            )
+        x = self.pool(self.features(x - 0.5))  # (N, 8 C, 4, 4)
+        with torch.autocast(x.device.type, enabled=False):  # the relativistic loss is about small differences
+            return self.classifier(x.float())  # (N, 1)
+
+
 ATTENTIONS = {"channel": ChannelAttention, "cbam": CBAM, "cbam_average": partial(CBAM, use_maximum=False)}
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 MARKS = {  # buffer: the argument that it stands for
@@ -240,6 +280,14 @@ ARCHITECTURES = {name: build for name, build in globals().items() if name.starts
 
 def _conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+
+def _halving(channels: int) -> list[nn.Module]:
+    return _normalised(nn.Conv2d(channels, channels, 4, stride=2, padding=1, bias=False))
+
+
+def _normalised(convolution: nn.Conv2d) -> list[nn.Module]:
+    return [convolution, nn.BatchNorm2d(convolution.out_channels, track_running_stats=False), nn.LeakyReLU(0.2)]
 
 
 def _check_choices(upscale_factor: int, attention: str, activation: str) -> None:

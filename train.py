@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,8 +54,8 @@ class Step(Protocol):
     def parts(self) -> dict[str, Any]:
         """Everything with a state, by the name it has in a checkpoint."""
 
-    def check(self) -> None:
-        """Raise ValueError if the run can't go on; called at each report."""
+    def check(self) -> list[str]:
+        """What the user should know by now, a sentence each; ValueError if the run can't go on. Called at each report."""
 
 
 class PixelStep:
@@ -71,49 +71,56 @@ class PixelStep:
         self.generator = build_generator(config).to(runtime.device)
         self.forward = parallel(self.generator, runtime)
         self.criterion = losses.L1Loss()
-        self.optimizer, self.scheduler = build_optimizer(self.generator, config)
+        self.optimizer, self.scheduler = build_optimizer(self.generator, config, config.learning_rate)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=precision == "fp16")
         self.skipped_in_a_row = torch.zeros((), device=runtime.device)
 
     def __call__(self, lr: Tensor, gt: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            sr = self.forward(lr)  # (n, 3, H, W)
-        terms = self.criterion(sr, gt)
-        self.optimizer.zero_grad()
-        self.scaler.scale(terms["l1"]).backward()
-        learning_rate = self.scheduler.get_last_lr()[0]
-        norm, skipped = self._apply_gradient()
+        terms = self.criterion(self.upscale(lr), gt)
+        norm = self.find_gradient(self.generator, self.optimizer, terms["l1"])
         return {
             **{f"loss/{name}": value.detach() for name, value in terms.items()},
             "optimizer/gradient_norm": norm,
-            "optimizer/learning_rate": torch.full((), learning_rate, device=self.device),
-            "optimizer/skipped": skipped,
+            "optimizer/learning_rate": torch.full((), self.scheduler.get_last_lr()[0], device=self.device),
+            "optimizer/skipped": self.apply_gradients([norm], [self.optimizer], [self.scheduler]),
         }
 
-    def _apply_gradient(self) -> tuple[Tensor, Tensor]:
-        """Adam's update, left out on the device itself where the gradient is not finite; its norm, and 1 if left out."""
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.generator.parameters(), self.config.clip_grad_norm or math.inf)
-        skipped = (~torch.isfinite(norm)).float()
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def upscale(self, lr: Tensor) -> Tensor:
+        with self.autocast():
+            return self.forward(lr)  # (n, 3, H, W)
+
+    def find_gradient(self, network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
+        """Leave the loss's gradient, clipped, in the network's weights; its norm before it was clipped."""
+        optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(optimizer)
+        return nn.utils.clip_grad_norm_(network.parameters(), self.config.clip_grad_norm or math.inf).detach()
+
+    def apply_gradients(self, norms: Sequence[Tensor], optimizers: Sequence[torch.optim.Adam], schedulers: Sequence[Any]) -> Tensor:
+        """One update of each optimizer, or of none where a norm is not finite, decided on the device itself; 1 if left out."""
+        skipped = (~torch.isfinite(torch.stack(list(norms))).all()).float()
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            self.optimizer.found_inf = skipped  # as GradScaler tells the fused Adam to leave everything as it is
-            self.optimizer.step()
-        self.scheduler.step()
-        return norm.detach(), skipped
+        for optimizer in optimizers:
+            optimizer.found_inf = skipped  # as GradScaler tells the fused Adam to leave everything as it is
+            optimizer.step()
+        self.scaler.update()
+        for scheduler in schedulers:
+            scheduler.step()
+        return skipped
 
     def parts(self) -> dict[str, Any]:
         return {"state_dict": self.generator, "optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
 
-    def check(self) -> None:
+    def check(self) -> list[str]:
         if self.skipped_in_a_row >= self.config.max_skipped_updates:
             raise ValueError(
                 f"the last {int(self.skipped_in_a_row)} updates were not finite and were skipped: "
                 f"start again under another exp_name with a learning_rate below {self.config.learning_rate} or with precision='fp32'"
             )
+        return []
 
 
 def build_generator(config: Config) -> model.RCAN:
@@ -134,9 +141,9 @@ def parallel(network: nn.Module, runtime: Runtime) -> Callable[..., Tensor]:
     return DistributedDataParallel(network, device_ids=device_ids, broadcast_buffers=False)
 
 
-def build_optimizer(network: nn.Module, config: Config) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
+def build_optimizer(network: nn.Module, config: Config, learning_rate: float) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
     """Adam, and its learning rate as a function of the update."""
-    optimizer = torch.optim.Adam(network.parameters(), config.learning_rate, config.adam_betas, eps=1e-8, fused=True)
+    optimizer = torch.optim.Adam(network.parameters(), learning_rate, config.adam_betas, eps=1e-8, fused=True)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: learning_rate_factor(config, update))
 
 
@@ -203,7 +210,7 @@ class Run:
         self.evaluated = 0  # after which update the last evaluation was
         self.seconds = 0.0  # spent in the loop, over all sittings
         self.best_psnr = -math.inf
-        self.best_ssim = 0.0
+        self.best_ssim = -math.inf
         self.warned = False  # of slow data
 
     @property
@@ -252,13 +259,14 @@ class Run:
 
     def report(self, log: utils.RunLog, seconds: float) -> None:
         """Log the means since the last report; the only place where the device is waited for."""
-        self.step.check()
+        for warning in self.step.check():
+            log.say(f"update {self.update}: {warning}")
         values, not_finite = self.meter.take()
         for name, count in not_finite.items():
             log.say(f"update {self.update}: {name} was not finite in {count} of the last updates; such updates change nothing")
         epoch = self.update / self.config.steps_per_epoch
         values = {"epoch": epoch, "seconds": round(seconds, 1), **values, **_peak_memory(self.runtime.device)}
-        loss = sum(value for name, value in values.items() if name.startswith("loss/"))
+        loss = values["loss/total"] if "loss/total" in values else values["loss/l1"]
         best = f", best {self.best_psnr:.2f} dB" if math.isfinite(self.best_psnr) else ""
         log.write(self.update, values, f"loss {loss:.4f}, waiting for data {values['time/waiting']:.0%}{best}")
         if values["time/waiting"] > 0.2 and not self.warned:
@@ -266,7 +274,7 @@ class Run:
             log.say(f"update {self.update}: {values['time/waiting']:.0%} of the time went into waiting for data; raise num_workers")
 
     def evaluate(self, log: utils.RunLog) -> None:
-        """Score the averaged weights; the best ones by the PSNR of the first set are kept in best.pth.tar."""
+        """Score the averaged weights; the best ones, by `best_metric` on the first set, are kept in best.pth.tar."""
         self.evaluated = self.update
         scores: dict[str, float] = {}
         samples: dict[str, imgproc.Picture] = {}
@@ -277,13 +285,13 @@ class Run:
         if not scores:
             return
         psnr, ssim, *_ = scores.values()
-        better = psnr > self.best_psnr
+        better = {"psnr": psnr > self.best_psnr, "ssim": ssim > self.best_ssim, "newest": True}[self.config.best_metric]
         if better:
             self.best_psnr, self.best_ssim = psnr, ssim
             self.save("best.pth.tar")
         log.write(self.update, {"event": "evaluation", "seconds": round(self.seconds, 1), **scores})
         text = ", ".join(f"{name} {scores[f'{name}/psnr']:.2f} dB / {scores[f'{name}/ssim']:.4f}" for name in self.validation)
-        log.say(f"update {self.update}, {self.seconds / 60:.1f} min: {text}{' (best)' if better else ''}")
+        log.say(f"update {self.update}, {self.seconds / 60:.1f} min: {text}{f' (best by {self.config.best_metric})' if better else ''}")
         if samples and self.runtime.is_main:
             sheet = np.concatenate([samples[name] for name in sorted(samples)])
             imgproc.write_image(self.config.experiment_dir / "samples" / f"{self.update:07d}.png", sheet)
@@ -299,6 +307,7 @@ class Run:
                 "seconds": self.seconds,
                 "best_psnr": self.best_psnr,
                 "best_ssim": self.best_ssim,
+                "best_metric": self.config.best_metric,
                 **{name: part.state_dict() for name, part in self.step.parts().items()},
                 "ema_state_dict": self.ema.network.state_dict(),
                 "arguments": self.step.generator.arguments,
@@ -340,7 +349,8 @@ class Run:
         if self.runtime.is_main:
             folder, minutes = self.config.experiment_dir.absolute(), self.seconds / 60
             how = "finished" if done else "stopped and saved; the same command goes on from here"
-            best = f"; best {self.best_psnr:.3f} dB / {self.best_ssim:.4f} in best.pth.tar" if math.isfinite(self.best_psnr) else ""
+            score = f"; {self.best_psnr:.3f} dB / {self.best_ssim:.4f} in best.pth.tar, chosen by {self.config.best_metric}"
+            best = score if math.isfinite(self.best_psnr) else ""
             print(f"{how}: update {self.update} after {minutes:.1f} min{best}\n{folder}")
 
 
@@ -407,7 +417,7 @@ class _Meter:
 _FREE_TO_CHANGE = {
     "mode", "results_dir", "exp_name", "resume", "start_epoch", "data_root", "cache_dir", "num_workers",
     "log_every", "eval_every", "save_every", "max_skipped_updates", "compile", "channels_last",
-    "valid_sets", "test_sets", "model_path", "self_ensemble", "save_images",
+    "valid_sets", "test_sets", "model_path", "self_ensemble", "save_images", "vgg19_weights_path",
 }  # fmt: skip
 
 
@@ -442,16 +452,17 @@ def _check_checkpoint(config: Config, checkpoint: Any, path: Path) -> None:
         raise ValueError(f"{path}: can't be resumed, lacking {', '.join(missing)}; to start from its weights, set pretrained_model_path")
     if config.start_epoch not in (0, checkpoint["epoch"]):
         raise ValueError(f"start_epoch={config.start_epoch}, but {path} stopped in epoch {checkpoint['epoch']}: set start_epoch=0")
-    before, now = checkpoint["config"], asdict(config)
+    defaults = {field.name: field.default for field in fields(config)}  # of settings that are younger than the checkpoint
+    before, now = {**defaults, **checkpoint["config"]}, asdict(config)
     own = path.parent == config.experiment_dir
     accepted = {"auto", before["resume"]} - {"never"}  # a run that was itself started from another file goes on
     if own and config.resume not in accepted:
         raise ValueError(f"resume={config.resume!r}, but {path} exists: set resume='auto' to go on with it, or another exp_name")
     free = _FREE_TO_CHANGE | ({"epochs"} if config.schedule == "step" else set())
     free |= {"precision"} if config.precision == "auto" else set()
-    changed = [name for name in now if name not in free and before.get(name) != now[name]]
+    changed = [name for name in now if name not in free and before[name] != now[name]]
     if changed:
-        differences = "; ".join(f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in changed)
+        differences = "; ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed)
         raise ValueError(f"{path}: the run was started with other settings ({differences}): set them back, or set another exp_name")
 
 
