@@ -40,6 +40,7 @@ class AdversarialStep(train.PixelStep):
     config: ImprovedConfig
 
     def __init__(self, config: ImprovedConfig, runtime: Runtime, precision: str) -> None:
+        _check_share(config, runtime)
         _fetch_vgg19(config, runtime)
         super().__init__(config, runtime, precision)
         self.criterion = losses.CompositeLoss(
@@ -55,11 +56,6 @@ class AdversarialStep(train.PixelStep):
             self._build_discriminator(config, runtime)
 
     def _build_discriminator(self, config: ImprovedConfig, runtime: Runtime) -> None:
-        if config.batch_size == runtime.world_size and config.gt_patch_size < 2 * model.Discriminator.MIN_SIZE:
-            raise ValueError(
-                f"batch_size={config.batch_size} leaves {runtime.world_size} processes one patch of {config.gt_patch_size} each, "
-                "over which the discriminator can't normalise: double batch_size, or set a larger lr_patch_size"
-            )
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         discriminator = model.Discriminator(config.discriminator_channels).to(runtime.device, memory_format=layout)
         self.discriminator = discriminator
@@ -160,6 +156,14 @@ class _Balance(nn.Module):
 
 LOPSIDED = 0.99  # accuracy
 LONG = 500  # updates
+
+
+def _check_share(config: ImprovedConfig, runtime: Runtime) -> None:
+    if config.adversarial_weight and config.batch_size == runtime.world_size and config.gt_patch_size < 2 * model.Discriminator.MIN_SIZE:
+        raise ValueError(
+            f"batch_size={config.batch_size} leaves {runtime.world_size} processes one patch of {config.gt_patch_size} each, "
+            "over which the discriminator can't normalise: double batch_size, or set a larger lr_patch_size"
+        )
 
 
 def _fetch_vgg19(config: ImprovedConfig, runtime: Runtime) -> None:

@@ -4,10 +4,6 @@ import json
 import math
 import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,7 +13,8 @@ import train
 import utils
 import weights
 from config import Config
-from helpers import REPOSITORY, TINY, tiny, write_set
+from helpers import tiny, write_set
+from runs import in_processes, log_lines, same_checkpoints, small_runs, stop_after, tensors
 from upscaling import upscale
 
 CPU = utils.Runtime(torch.device("cpu"))
@@ -25,65 +22,7 @@ CPU = utils.Runtime(torch.device("cpu"))
 
 @pytest.fixture
 def settings(tmp_path):
-    """Settings of a run of six updates on small pictures, and a way to change some."""
-    write_set(tmp_path / "data" / "Train", [(24, 30), (40, 26), (33, 33)])
-    write_set(tmp_path / "data" / "Valid", [(32, 36), (28, 30)], seed=9)
-
-    def make(**changes):
-        return Config(
-            **{
-                **TINY, "model_arch_name": "rcan_x2", "upscale_factor": 2, "exp_name": "run",
-                "results_dir": str(tmp_path / "results"), "data_root": str(tmp_path / "data"), "cache_dir": str(tmp_path / "cache"),
-                "train_sets": ("Train",), "valid_sets": ("Valid",),
-                "epochs": 3, "steps_per_epoch": 2, "batch_size": 4, "lr_patch_size": 10, "num_workers": 0, "learning_rate": 1e-3,
-                "precision": "fp32", "log_every": 1, "eval_every": 2, "save_every": 3, **changes,
-            }
-        )  # fmt: skip
-
-    return make
-
-
-def stop_after(monkeypatch, updates):
-    """Ask the run to stop, as Ctrl-C does, after so many updates of this sitting."""
-    call, done = train.PixelStep.__call__, []
-
-    def counted(self, lr, gt):
-        done.append(1)
-        if len(done) == updates:
-            os.kill(os.getpid(), signal.SIGINT)
-        return call(self, lr, gt)
-
-    monkeypatch.setattr(train.PixelStep, "__call__", counted)
-
-
-def tensors(value, name=""):
-    if isinstance(value, dict):
-        return {key: tensor for part, member in value.items() for key, tensor in tensors(member, f"{name}/{part}").items()}
-    if isinstance(value, list | tuple):
-        return tensors(dict(enumerate(value)), name)
-    return {name: value}
-
-
-TIMES = ("/seconds", "/random_states/cuda")
-
-
-def same(one, other):
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-
-
-def same_checkpoints(first, second):
-    """The names of all tensors and numbers that differ in two files, but for times and commands."""
-    first, second = (tensors(weights.read(path)) for path in (first, second))
-    assert first.keys() == second.keys()
-    names = [name for name in first if not name.startswith((*TIMES, "/config/exp_name"))]
-    return [name for name in names if not same(first[name], second[name])]
-
-
-def log_lines(config):
-    """What a run has logged, without its starts and times."""
-    lines = [json.loads(line) for line in (config.experiment_dir / "log.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if line.get("event") != "start"]
-    return [{name: value for name, value in line.items() if not name.startswith(("time/", "seconds"))} for line in lines]
+    return small_runs(Config, tmp_path)
 
 
 CHANGES = ({"log_every": 2}, {"schedule": "cosine", "warmup_updates": 4, "num_workers": 2}, {"halve_every": 2, "ema_decay": 0.5})
@@ -401,31 +340,13 @@ def test_every_part_that_has_a_state_is_in_the_checkpoint(settings):
 # Several processes
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 @pytest.mark.slow
 def test_two_processes_train_as_one(settings):
     one = settings(exp_name="one", epochs=2, valid_sets=("Valid", "Train"))
     assert train.train(one, train.PixelStep)
     two = settings(exp_name="two", epochs=2, valid_sets=("Valid", "Train"))
     code = "import sys, train, utils; from config import Config; utils.run(lambda: train.train(eval(sys.argv[1]), train.PixelStep))"
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, repr(two)],
-            cwd=REPOSITORY,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    in_processes(code, repr(two))
     first, second = (weights.read(config.experiment_dir / "last.pth.tar") for config in (one, two))
     for name, tensor in first["state_dict"].items():
         assert second["state_dict"][name].numpy() == approx(tensor.numpy(), abs=1e-6), name
