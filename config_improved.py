@@ -79,7 +79,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "psnr": {},
     "perceptual": {**_COMPOSITE, "epochs": 100, "learning_rate": 1e-5, "discriminator_learning_rate": 1e-5},
     "light": {**_LIGHT, "steps_per_epoch": 800, "learning_rate": 1e-3},
-    "light_perceptual": {**_LIGHT, **_COMPOSITE, "steps_per_epoch": 400, "learning_rate": 1e-4, "discriminator_channels": 32},
+    "light_perceptual": {
+        **_LIGHT,
+        **_COMPOSITE,
+        "lr_patch_size": 24,
+        "batch_size": 4,
+        "steps_per_epoch": 400,
+        "learning_rate": 1e-4,
+        "discriminator_channels": 32,
+    },
 }
 
 

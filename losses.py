@@ -10,7 +10,7 @@ VGG19: Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale
 import hashlib
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -44,7 +44,7 @@ class PerceptualLoss(nn.Module):
     def __init__(self, layers: Mapping[str, float] | None = None, weights_path: str = "") -> None:
         super().__init__()
         layers = {"conv5_4": 1.0} if layers is None else layers
-        _check_layers(layers)
+        check_layers(layers)
         self.layers = {VGG19_LAYERS[name]: float(weight) for name, weight in layers.items()}
         self._vgg19 = (build_vgg19(1 + max(self.layers), weights_path),)  # in a tuple, so that it is no part of this module
         self._checked = False
@@ -176,6 +176,14 @@ def _layer_indices() -> dict[str, int]:
 VGG19_LAYERS = _layer_indices()
 
 
+def check_layers(names: Iterable[str]) -> None:
+    """Refuse, with a ValueError, no names at all and such as VGG19 hasn't."""
+    names = list(names)
+    unknown = [name for name in names if name not in VGG19_LAYERS]
+    if unknown or not names:
+        raise ValueError(f"layers={names}: {unknown or 'none'} can't be used; known are {', '.join(VGG19_LAYERS)}")
+
+
 def find_vgg19(weights_path: str = "") -> Path:
     """The file of VGG19's weights: the given one, else `VGG19_FOLDER`'s, else torchvision's own, downloaded where absent.
 
@@ -264,12 +272,6 @@ def _digest(path: Path) -> str:  # for Python 3.10
 
 def _statistics(values: tuple[float, float, float], like: Tensor) -> Tensor:
     return torch.tensor(values, device=like.device).view(1, 3, 1, 1)
-
-
-def _check_layers(layers: Mapping[str, float]) -> None:
-    unknown = [name for name in layers if name not in VGG19_LAYERS]
-    if unknown or not layers:
-        raise ValueError(f"layers={dict(layers)}: {unknown or 'none'} can't be used; known are {', '.join(VGG19_LAYERS)}")
 
 
 def _check_shapes(sr: Tensor, gt: Tensor) -> None:

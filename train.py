@@ -265,7 +265,7 @@ class Run:
         for name, count in not_finite.items():
             log.say(f"update {self.update}: {name} was not finite in {count} of the last updates; such updates change nothing")
         epoch = self.update / self.config.steps_per_epoch
-        values = {"epoch": epoch, "seconds": round(seconds, 1), **values, **_peak_memory(self.runtime.device)}
+        values = {"epoch": epoch, "seconds": round(seconds, 1), **values, "memory/peak_gib": utils.peak_memory(self.runtime.device)}
         loss = values["loss/total"] if "loss/total" in values else values["loss/l1"]
         best = f", best {self.best_psnr:.2f} dB" if math.isfinite(self.best_psnr) else ""
         log.write(self.update, values, f"loss {loss:.4f}, waiting for data {values['time/waiting']:.0%}{best}")
@@ -535,10 +535,6 @@ def _middle(image: imgproc.Picture, side: int = 128) -> imgproc.Picture:
     canvas = np.zeros((side, side, 3), np.uint8)
     canvas[:height, :width] = image[top : top + height, left : left + width]
     return canvas
-
-
-def _peak_memory(device: torch.device) -> dict[str, float]:
-    return {"memory/peak_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
 
 
 def _silent(_text: str) -> None:

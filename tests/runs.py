@@ -74,7 +74,7 @@ def log_lines(config):
     """What a run has logged, without its starts and times."""
     lines = [json.loads(line) for line in (config.experiment_dir / "log.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line.get("event") != "start"]
-    return [{name: value for name, value in line.items() if not name.startswith(("time/", "seconds"))} for line in lines]
+    return [{name: value for name, value in line.items() if not name.startswith(("time/", "seconds", "memory/"))} for line in lines]
 
 
 def free_port():

@@ -214,6 +214,31 @@ def test_other_scales_train_and_test(tmp_path, scale):
     assert imgproc.read_image(tmp_path / "results/run/test/Valid/a.png").shape == expected
 
 
+def test_improved_training_from_plain_weights_to_a_score(place):
+    """Each preset's command, the second from the first's weights, and a second time."""
+    common = [*SMALL, "--model_arch_name", "rcan_light_cbam_x3", "--upscale_factor", 3, "--train_sets", "Train", "--valid_sets", "Valid"]
+    common += ["--batch_size", 2, "--lr_patch_size", 11, "--steps_per_epoch", 4, "--eval_every", 4, "--log_every", 2, "--num_workers", 0]
+    start = ["--pretrained_model_path", "results/run/best.pth.tar"]
+    done = command("train_improved.py", "--preset", "light", *common, *start, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "dB / " in done.stdout
+    assert "chosen by psnr" in done.stdout
+    folder = "results/rcan_light_cbam_x3_light"
+    assert "discriminator_state_dict" not in weights.read(place / folder / "last.pth.tar")
+    terms = ["--vgg19_weights_path", "random", "--perceptual_layers", "conv2_1", "--discriminator_channels", 4]
+    start = ["--pretrained_model_path", f"{folder}/best.pth.tar"]
+    composite = ["train_improved.py", "--preset", "light_perceptual", *common, *terms, *start]
+    done = command(*composite, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "chosen by newest" in done.stdout
+    assert "VGG19 was never trained" in done.stderr
+    assert "already finished at update 4" in command(*composite, cwd=place).stdout
+    done = command("test.py", "--model_path", f"{folder}_perceptual/best.pth.tar", "--test_sets", "Valid", cwd=place)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((place / f"{folder}_perceptual/test/metrics.json").read_text())
+    assert metrics["Valid"]["psnr"] == approx(weights.read(place / f"{folder}_perceptual/best.pth.tar")["best_psnr"], abs=1e-6)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_a_run_that_is_told_to_stop_saves_itself(place, tmp_path):
     arguments = train_arguments(3, "--epochs", "10000", "--data_root", place / "data", "--cache_dir", place / ".cache")
@@ -239,6 +264,8 @@ def test_a_run_that_is_told_to_stop_saves_itself(place, tmp_path):
 
 # Mistakes
 
+SMALL_COMPOSITE = ["--preset", "light_perceptual", "--train_sets", "Small", "--valid_sets", "Small", "--lr_patch_size", "8"]
+
 
 @pytest.mark.parametrize(
     ("script", "arguments", "code", "message"),
@@ -248,6 +275,23 @@ def test_a_run_that_is_told_to_stop_saves_itself(place, tmp_path):
         ("train.py", ["--use_composite_loss", "True"], 1, "contradicts train.py, which trains with L1 alone"),
         ("train.py", ["--mode", "test"], 1, "mode='test' contradicts this script"),
         ("train.py", ["--epoch", "3"], 2, "--epochs"),
+        ("train_improved.py", ["--preset", "sharp"], 2, "light_perceptual"),
+        ("train_improved.py", ["--mode", "test"], 1, "mode='test' contradicts this script"),
+        ("train_improved.py", ["--preset", "perceptual", "--lr_patch_size", "4"], None, "needs 32: set lr_patch_size to at least 8"),
+        ("train_improved.py", ["--preset", "perceptual", "--l1_weight", "-1"], None, "l1_weight=-1.0 must be at least 0"),
+        (
+            "train_improved.py",
+            [*SMALL_COMPOSITE, "--vgg19_weights_path", "gone.pth"],
+            1,
+            "vgg19_weights_path='gone.pth': no such file; put vgg19-",
+        ),
+        (
+            "train_improved.py",
+            [*SMALL_COMPOSITE, "--vgg19_weights_path", "w.pth"],
+            1,
+            "w.pth: these are not VGG19's weights, 32 are absent",
+        ),
+        ("train_improved.py", [*SMALL_COMPOSITE, "--perceptual_layers", "conv9_9"], 1, "'conv9_9'] can't be used; known are conv1_1"),
         ("test.py", ["--model_path", "gone.pth"], 1, "gone.pth: no such weights; train them with train.py, or give the path"),
         ("test.py", ["--model_path", "notes.txt"], 1, "notes.txt: not a file of weights that can be read safely"),
         ("test.py", ["--model_path", "w.pth", "--test_sets", "Set77"], 1, "data/Set77: no such folder"),
@@ -272,6 +316,7 @@ def test_a_mistake_is_one_sentence_and_not_success(tmp_path, script, arguments, 
     )
     (tmp_path / "notes.txt").write_text("notes")
     write_set(tmp_path / "data" / "Set14", [(64, 64)] * 2)
+    write_set(tmp_path / "data" / "Small", [(64, 64)] * 2)
     write_set(tmp_path / "data" / "Broken", [(64, 64), (64, 64)])
     data = (tmp_path / "data/Broken/GT/b.png").read_bytes()
     (tmp_path / "data/Broken/GT/b.png").write_bytes(data[: len(data) // 2])
