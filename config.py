@@ -30,7 +30,8 @@ class Config:
     num_rg: int | None = None  # residual groups; None: as the name says
     num_rcab: int | None = None  # blocks in each group; None: as the name says
     attention: Literal["channel", "cbam", "cbam_average"] | None = None  # cbam_average: without maxima; None: as the name says
-    initial_spatial_gate: float | None = None  # where CBAM's factor of each pixel starts, 0 to 1; None: random, as published
+    initial_channel_gate: float | None = None  # where the factor of each channel starts, 0 to 1; None: as published, near 0.5
+    initial_spatial_gate: float | None = None  # where CBAM's factor of each pixel starts, 0 to 1; None: as published, near 0.5
 
     # The run
     mode: Literal["train", "test", "valid"] | None = None  # None: each script runs in its own mode; valid is test
@@ -114,8 +115,9 @@ class Config:
         for name in _AT_LEAST_1:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.initial_spatial_gate is not None and not 0 < self.initial_spatial_gate < 1:
-            raise ValueError(f"initial_spatial_gate={self.initial_spatial_gate} must lie between 0 and 1, and be neither; 0.95 is usual")
+        for name in ("initial_channel_gate", "initial_spatial_gate"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1, and be neither; 0.95 is nearly open")
         for name in _AT_LEAST_0:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0, and finite")
@@ -213,7 +215,7 @@ def parse(settings: type[Settings] | Settings, mode: Literal["train", "test"] | 
     return config
 
 
-_OF_THE_MODEL = ("channels", "reduction", "num_rg", "num_rcab", "attention", "initial_spatial_gate")
+_OF_THE_MODEL = ("channels", "reduction", "num_rg", "num_rcab", "attention", "initial_channel_gate", "initial_spatial_gate")
 _CHECKPOINTS = ("best.pth.tar", "last.pth.tar")
 _AT_LEAST_1 = (
     "channels", "reduction", "num_rg", "num_rcab", "epochs", "steps_per_epoch", "lr_patch_size", "batch_size", "halve_every",

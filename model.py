@@ -38,8 +38,9 @@ class RCAN(nn.Module):
         mean: RGB in [0, 1], subtracted before the first convolution and added after the last.
         activation: "relu" as in the paper, or "silu" as in RCAN-it (Lin et al., "Revisiting RCAN", 2022).
         upsampler_activation: whether an activation follows each step of the upsampler, as in RCAN-it.
-        initial_spatial_gate: CBAM's factor of every pixel before training, between 0 and 1; None: random weights, as published,
-            which begin near 0.5. It is about training only: files of weights don't depend on it.
+        initial_channel_gate: the factor of every channel before training, nearly, between 0 and 1; None: as published, near 0.5.
+        initial_spatial_gate: CBAM's factor of every pixel before training, exactly; None: as published, near 0.5. Both are about
+            training only: files of weights don't depend on them.
 
     Raises:
         ValueError: for an unknown scale, attention or activation, or a size that can't be built.
@@ -56,11 +57,12 @@ class RCAN(nn.Module):
         mean: tuple[float, float, float] = DIV2K_MEAN,
         activation: str = "relu",
         upsampler_activation: bool = False,
+        initial_channel_gate: float | None = None,
         initial_spatial_gate: float | None = None,
     ) -> None:
         super().__init__()
         _check_choices(upscale_factor, attention, activation)
-        _check_gate(attention, initial_spatial_gate)
+        _check_gates(attention, initial_channel_gate, initial_spatial_gate)
         _check_size(channels, reduction, num_rg, num_rcab)
         self.arguments = {
             "upscale_factor": upscale_factor,
@@ -83,9 +85,12 @@ class RCAN(nn.Module):
         self.conv3 = _conv3x3(channels, 3)
         for mark in self.marks():  # in the state_dict, so that such weights can never be taken for the paper's
             self.register_buffer(mark, torch.empty(0))
-        if initial_spatial_gate is not None:
-            for attention_layer in filter(lambda module: isinstance(module, CBAM), self.modules()):
-                attention_layer.open_spatial_gate(initial_spatial_gate)
+        for layer in filter(lambda module: isinstance(module, ChannelAttention | CBAM), self.modules()):
+            if initial_channel_gate is not None:
+                nn.init.constant_(layer.channel_attention_layer[3].bias, _logit(initial_channel_gate) / layer.summands)
+            if initial_spatial_gate is not None:
+                nn.init.zeros_(layer.spatial_attention_layer[0].weight)
+                nn.init.constant_(layer.spatial_attention_layer[0].bias, _logit(initial_spatial_gate))
 
     def marks(self) -> list[str]:
         """Names of the empty buffers that say what no other name or shape says; none for the paper's network."""
@@ -129,8 +134,11 @@ class ResidualChannelAttentionBlock(nn.Module):
 class ChannelAttention(nn.Module):
     """One factor for each channel, from its average over the whole picture (section 3.3).
 
-    `gates` are the functions whose results are multiplied in, one after the other.
+    `gates` are the functions whose results are multiplied in, one after the other; `summands`, how many results of the perceptron
+    are added up before the sigmoid.
     """
+
+    summands = 1
 
     def __init__(self, channels: int, reduction: int, activation: str = "relu") -> None:
         super().__init__()
@@ -164,6 +172,7 @@ class CBAM(nn.Module):
     def __init__(self, channels: int, reduction: int, activation: str = "relu", use_maximum: bool = True) -> None:
         super().__init__()
         self.use_maximum = use_maximum
+        self.summands = 2 if use_maximum else 1  # of the perceptron's results
         self.channel_attention_layer = ChannelAttention(channels, reduction, activation).channel_attention_layer
         self.spatial_attention_layer = nn.Sequential(nn.Conv2d(2, 1, 7, padding=3), nn.Sigmoid())
 
@@ -186,12 +195,6 @@ class CBAM(nn.Module):
     def spatial_gate(self, x: Tensor) -> Tensor:
         summary = torch.cat((x.mean(1, keepdim=True), x.max(1, keepdim=True).values), 1)  # (N, 2, h, w)
         return self.spatial_attention_layer(summary)  # (N, 1, h, w), 0..1
-
-    def open_spatial_gate(self, value: float) -> None:
-        """Make `value` the factor of every pixel, whatever the input."""
-        convolution = self.spatial_attention_layer[0]
-        nn.init.zeros_(convolution.weight)
-        nn.init.constant_(convolution.bias, math.log(value / (1 - value)))
 
 
 class Upsampler(nn.Module):
@@ -297,15 +300,18 @@ def _check_choices(upscale_factor: int, attention: str, activation: str) -> None
             raise ValueError(f"{name}={value!r} is unknown; known are {', '.join(map(repr, known))}")
 
 
-def _check_gate(attention: str, initial_spatial_gate: float | None) -> None:
-    if initial_spatial_gate is None:
-        return
-    if attention == "channel":
+def _check_gates(attention: str, initial_channel_gate: float | None, initial_spatial_gate: float | None) -> None:
+    for name, value in (("initial_channel_gate", initial_channel_gate), ("initial_spatial_gate", initial_spatial_gate)):
+        if value is not None and not 0 < value < 1:
+            raise ValueError(f"{name}={value} must lie between 0 and 1, and be neither")
+    if initial_spatial_gate is not None and attention == "channel":
         raise ValueError(
             f"initial_spatial_gate={initial_spatial_gate} contradicts attention='channel', which has none: set it to None, or take CBAM"
         )
-    if not 0 < initial_spatial_gate < 1:
-        raise ValueError(f"initial_spatial_gate={initial_spatial_gate} must lie between 0 and 1, and be neither")
+
+
+def _logit(value: float) -> float:
+    return math.log(value / (1 - value))
 
 
 def _check_size(channels: int, reduction: int, num_rg: int, num_rcab: int) -> None:

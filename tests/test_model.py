@@ -169,6 +169,18 @@ def test_an_open_spatial_gate_is_a_constant_factor_that_learns():
     assert attention.spatial_attention_layer[0].weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_channel_gates_start_nearly_open(attention):
+    """The first convolutions' outputs are small, so that the bias decides: 1 / (1 + exp(-ln 19)) = 0.95."""
+    for initial, expected in ((None, 0.5), (0.95, 0.95)):
+        torch.manual_seed(1)
+        network = model.RCAN(2, channels=32, num_rg=1, num_rcab=1, attention=attention, initial_channel_gate=initial)
+        layer = network.trunk[0].residual_group[0].residual_channel_attention_block[3]
+        gates = layer.gates[0](0.1 * torch.randn(2, 32, 12, 12))
+        assert gates.mean().item() == approx(expected, abs=0.05)
+        assert gates.std() < 0.25
+
+
 def test_plain_weights_in_cbam_without_maxima_differ_by_the_gate_alone():
     plain = tiny(2)
     start = tiny(2, "cbam_average", initial_spatial_gate=1 - 1e-7)
@@ -186,6 +198,7 @@ def test_plain_weights_in_cbam_without_maxima_differ_by_the_gate_alone():
         ({"upscale_factor": 4, "channels": 12}, "channels=12, reduction=16.*reduction at most channels"),
         ({"upscale_factor": 4, "activation": "elu"}, "activation='elu' is unknown; known are 'relu', 'silu'"),
         ({"upscale_factor": 4, "num_rg": 0}, "num_rg=0.*at least 1"),
+        ({"upscale_factor": 4, "initial_channel_gate": 0.0}, "initial_channel_gate=0.0 must lie between 0 and 1"),
         ({"upscale_factor": 4, "initial_spatial_gate": 0.9}, "initial_spatial_gate=0.9 contradicts attention='channel'"),
         ({"upscale_factor": 4, "attention": "cbam", "initial_spatial_gate": 1.0}, "initial_spatial_gate=1.0 must lie between 0 and 1"),
     ],
