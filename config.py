@@ -101,10 +101,16 @@ class Config:
                 f"model_arch_name={self.model_arch_name!r} contradicts upscale_factor={self.upscale_factor}: "
                 f"set model_arch_name={family + '_x' + str(self.upscale_factor)!r} or upscale_factor={scale}"
             )
-        if self.initial_spatial_gate is not None and "cbam" not in (self.attention or self.model_arch_name):
+        has_cbam = "cbam" in self.model_arch_name
+        if self.attention and has_cbam != ("cbam" in self.attention):
             raise ValueError(
-                f"initial_spatial_gate={self.initial_spatial_gate} contradicts model_arch_name={self.model_arch_name!r} with "
-                f"attention={self.attention!r}, which has no gate of that kind: set initial_spatial_gate=None or attention='cbam'"
+                f"attention={self.attention!r} contradicts model_arch_name={self.model_arch_name!r}: set attention to "
+                f"{'cbam or cbam_average' if has_cbam else 'channel'}, or a model {'without' if has_cbam else 'with'} cbam in its name"
+            )
+        if self.initial_spatial_gate is not None and not has_cbam:
+            raise ValueError(
+                f"initial_spatial_gate={self.initial_spatial_gate} contradicts model_arch_name={self.model_arch_name!r}, which has no such "
+                "gate: set initial_spatial_gate=None, or a model with cbam in its name"
             )
         if self.start_epoch and self.resume == "never":
             raise ValueError(f"start_epoch={self.start_epoch} contradicts resume='never': set start_epoch=0 or resume='auto'")

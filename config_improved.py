@@ -1,5 +1,7 @@
 """The settings by which improved training differs from config.py: CBAM attention, the composite loss, and presets of both.
 
+CBAM is a variant of the published one that scored better (IMPROVED_USAGE.md, "Is it better?").
+
     python train_improved.py --preset psnr          # CBAM, L1; best.pth.tar by PSNR
     python train_improved.py --preset perceptual --pretrained_model_path results/rcan_cbam_x4_psnr/best.pth.tar
     python train_improved.py --preset light         # for a CPU; also light_perceptual
@@ -21,6 +23,9 @@ Preset = Literal["psnr", "perceptual", "light", "light_perceptual"]
 class ImprovedConfig(Config):
     preset: Preset = "psnr"  # named settings, the table PRESETS in config_improved.py; what else is given wins over them
     model_arch_name: ModelName = "rcan_cbam_x4"  # the paper's size, or rcan_light_… for CPUs; …_cbam_… has CBAM attention
+    attention: Literal["channel", "cbam", "cbam_average"] | None = "cbam_average"  # CBAM without its maxima; cbam: as published
+    initial_channel_gate: float | None = 0.95  # where the factor of each channel starts, 0 to 1; None: as published, near 0.5
+    initial_spatial_gate: float | None = 0.95  # where CBAM's factor of each pixel starts, 0 to 1; None: as published, near 0.5
 
     # Composite loss; its weights are in config.py
     perceptual_layers: tuple[str, ...] = ("conv5_4",)  # VGG19's, all with weight 1: conv… before its activation, relu… after

@@ -30,6 +30,8 @@ COMPOSITE = {
     "lr_patch_size": 16, "best_metric": "newest",
 }  # fmt: skip
 
+CBAM = {name: getattr(ImprovedConfig, name) for name in ("attention", "initial_channel_gate", "initial_spatial_gate")}
+
 
 @pytest.fixture
 def settings(tmp_path):
@@ -204,7 +206,7 @@ def test_zero_weights_are_an_l1_run_bit_for_bit(settings, monkeypatch):
 def test_without_the_composite_loss_it_is_train_py(settings, tmp_path):
     """The two commands, with the same settings, on the same network."""
     improved = settings(use_composite_loss=False, exp_name="improved", best_metric="psnr")
-    plain = small_runs(Config, tmp_path)(model_arch_name="rcan_cbam_x2", lr_patch_size=16, exp_name="plain")
+    plain = small_runs(Config, tmp_path)(model_arch_name="rcan_cbam_x2", lr_patch_size=16, exp_name="plain", **CBAM)
     write_set(tmp_path / "data" / "Train", [(48, 60), (40, 36), (33, 33)])
     for config, main in ((improved, train_improved.main), (plain, train.main)):
         names = [name for name in plain.__dataclass_fields__ if getattr(plain, name) is not None and name not in ("exp_name", "mode")]
@@ -251,7 +253,7 @@ def test_everything_that_has_a_state_is_in_the_checkpoint(settings):
     assert checkpoint.keys() >= step.parts().keys()
     assert not [name for name in tensors(checkpoint) if "vgg" in name.lower() and "config" not in name]
     assert checkpoint["best_metric"] == "newest"
-    assert weights.load(config.experiment_dir / "last.pth.tar").arguments["attention"] == "cbam"
+    assert weights.load(config.experiment_dir / "last.pth.tar").arguments["attention"] == "cbam_average"
 
 
 def test_a_composite_run_does_not_go_on_from_an_l1_run(settings):
