@@ -10,7 +10,7 @@ A value on the command line wins over the preset's, the preset's over the lines 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,7 +116,16 @@ def parse_improved(argv: Sequence[str] | None = None) -> ImprovedConfig:
     import tyro  # only here, so that importing the settings stays cheap
 
     chosen, _ = tyro.cli(_Choice, args=argv, return_unknown_args=True, add_help=False, use_underscores=True)
-    return parse(preset(chosen.preset), "train", argv)
+    return parse(_start(chosen.preset), "train", argv)
+
+
+def _start(name: str) -> ImprovedConfig:
+    """As `preset`, but unchecked, as the command line may still resolve what the file and the preset contradict."""
+    values = {field.name: field.default for field in fields(ImprovedConfig)}
+    start = object.__new__(ImprovedConfig)
+    for field_name, value in {**values, **PRESETS[name], "preset": name}.items():
+        object.__setattr__(start, field_name, value)
+    return start
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ VGG19: Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale
 import hashlib
 import pickle
 import re
+import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -250,8 +251,9 @@ def _read_vgg19(path: Path, network: nn.Module) -> dict[str, Tensor]:
             raise ValueError(f"{path}: is damaged, as its sha256 begins with {found[:8]} and not {promised[1]}; {_HOW_TO_GET_IT}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: can't be read safely as weights ({str(error).splitlines()[0]}); {_HOW_TO_GET_IT}") from None
+    except _READING_ERRORS as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: can't be read safely as weights ({reason}); {_HOW_TO_GET_IT}") from None
     wanted = network.state_dict()
     found = {name: state.get(f"features.{name}") if isinstance(state, Mapping) else None for name in wanted}
     misfits = [f"features.{name}" for name in wanted if not isinstance(found[name], Tensor) or found[name].shape != wanted[name].shape]
@@ -260,6 +262,12 @@ def _read_vgg19(path: Path, network: nn.Module) -> dict[str, Tensor]:
             f"{path}: these are not VGG19's weights, {len(misfits)} are absent or of another shape, first {misfits[0]}; {_HOW_TO_GET_IT}"
         )
     return {name: tensor.float() for name, tensor in found.items()}
+
+
+# What torch.load raises for files that are cut off, or hold something else
+_READING_ERRORS = (
+    RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error,
+)  # fmt: skip
 
 
 def _digest(path: Path) -> str:  # for Python 3.10
