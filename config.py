@@ -35,7 +35,7 @@ class Config:
 
     # The run
     mode: Literal["train", "test", "valid"] | None = None  # None: each script runs in its own mode; valid is test
-    exp_name: str = ""  # the run's folder is results/<exp_name>; empty: the model's name
+    exp_name: str = ""  # the run's folder is results/<exp_name>; empty: the model's name, and the preset's where there is one
     results_dir: str = "results"  # where the folders of all runs lie
     seed: int = 0  # the same seed gives the same run, with any number of workers
     epochs: int = 1000  # how long to train; an epoch is steps_per_epoch updates, whatever the data's size
@@ -103,9 +103,10 @@ class Config:
             )
         has_cbam = "cbam" in self.model_arch_name
         if self.attention and has_cbam != ("cbam" in self.attention):
+            remedy = "attention='cbam'" if has_cbam else "attention=None and initial_spatial_gate=None"
             raise ValueError(
-                f"attention={self.attention!r} contradicts model_arch_name={self.model_arch_name!r}: set attention to "
-                f"{'cbam or cbam_average' if has_cbam else 'channel'}, or a model {'without' if has_cbam else 'with'} cbam in its name"
+                f"attention={self.attention!r} contradicts model_arch_name={self.model_arch_name!r}: "
+                f"set {remedy}, or a model {'without' if has_cbam else 'with'} cbam in its name"
             )
         if self.initial_spatial_gate is not None and not has_cbam:
             raise ValueError(

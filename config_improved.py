@@ -21,6 +21,8 @@ Preset = Literal["psnr", "perceptual", "light", "light_perceptual"]
 
 @dataclass(frozen=True, kw_only=True)
 class ImprovedConfig(Config):
+    """The lines of `psnr`; `preset(name)` and the command line's `--preset` lay another preset's values over them."""
+
     preset: Preset = "psnr"  # named settings, the table PRESETS in config_improved.py; what else is given wins over them
     model_arch_name: ModelName = "rcan_cbam_x4"  # the paper's size, or rcan_light_… for CPUs; …_cbam_… has CBAM attention
     attention: Literal["channel", "cbam", "cbam_average"] | None = "cbam_average"  # CBAM without its maxima; cbam: as published

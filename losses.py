@@ -8,10 +8,12 @@ VGG19: Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale
 """
 
 import hashlib
+import math
 import pickle
 import re
 import struct
 from collections.abc import Iterable, Mapping
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -46,13 +48,20 @@ class PerceptualLoss(nn.Module):
         super().__init__()
         layers = {"conv5_4": 1.0} if layers is None else layers
         check_layers(layers)
+        if not all(0 < weight < math.inf for weight in layers.values()):
+            raise ValueError(f"layers={dict(layers)}: every weight must be positive and finite; leave out what shall not count")
         self.layers = {VGG19_LAYERS[name]: float(weight) for name, weight in layers.items()}
         self._vgg19 = (build_vgg19(1 + max(self.layers), weights_path),)  # in a tuple, so that it is no part of this module
+        self._least_side = 2 ** sum(isinstance(layer, nn.MaxPool2d) for layer in self._vgg19[0])  # pixels
         self._checked = False
 
     def forward(self, sr: Tensor, gt: Tensor) -> dict[str, Tensor]:
-        """`sr` and `gt`, (N, 3, H, W) RGB in [0, 1] with sides of at least 16; a network's `sr` may leave [0, 1] a little."""
+        """`sr` and `gt`, (N, 3, H, W) RGB in [0, 1], with sides of at least 16 for conv5_4; a network's `sr` may leave [0, 1] a little."""
         _check_shapes(sr, gt)
+        if min(sr.shape[2:]) < self._least_side:
+            raise ValueError(
+                f"pictures of {sr.shape[3]}x{sr.shape[2]} are too small for these layers of VGG19: {self._least_side} is the least"
+            )
         if not self._checked:  # once, as looking at values waits for the device
             _check_range(sr, gt)
             self._checked = True
@@ -131,9 +140,10 @@ class CompositeLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.weights = {"l1": float(l1_weight), "perceptual": float(perceptual_weight), "adversarial": float(adversarial_weight)}
-        if min(self.weights.values()) < 0 or not any(self.weights.values()):
+        if not all(0 <= weight < math.inf for weight in self.weights.values()) or not any(self.weights.values()):
             raise ValueError(
-                f"l1_weight, perceptual_weight, adversarial_weight={tuple(self.weights.values())}: none may be negative, nor all 0"
+                f"l1_weight, perceptual_weight, adversarial_weight={tuple(self.weights.values())}: "
+                "all must be finite, none negative, nor all 0"
             )
         self.l1 = L1Loss()
         self.perceptual = PerceptualLoss(perceptual_layers, vgg19_weights_path) if perceptual_weight else None
@@ -202,7 +212,7 @@ def find_vgg19(weights_path: str = "") -> Path:
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(VGG19_ADDRESS, str(cached), hash_prefix="dcbb9e9d")
-    except (OSError, RuntimeError) as error:  # no network; another file
+    except (OSError, RuntimeError, HTTPException) as error:  # no network; another file; a proxy's nonsense
         raise OSError(f"VGG19's weights are not here and could not be downloaded ({error}): {_HOW_TO_GET_IT}") from None
     return cached
 
@@ -266,7 +276,8 @@ def _read_vgg19(path: Path, network: nn.Module) -> dict[str, Tensor]:
 
 # What torch.load raises for files that are cut off, or hold something else
 _READING_ERRORS = (
-    RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error,
+    RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError,
+    struct.error,
 )  # fmt: skip
 
 

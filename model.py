@@ -255,7 +255,7 @@ class Discriminator(nn.Module):
             )
         x = self.pool(self.features(x - 0.5))  # (N, 8 C, 4, 4)
         with torch.autocast(x.device.type, enabled=False):  # the relativistic loss is about small differences
-            return self.classifier(x.float())  # (N, 1)
+            return self.classifier(x.to(self.classifier[1].weight.dtype))  # (N, 1)
 
 
 ATTENTIONS = {"channel": ChannelAttention, "cbam": CBAM, "cbam_average": partial(CBAM, use_maximum=False)}

@@ -164,4 +164,32 @@ def test_several_weights_have_a_folder_each(tmp_path):
 
 def test_improved_settings_restate_only_what_differs():
     plain, improved = Config(), ImprovedConfig()
-    assert {name for name in dataclasses.asdict(plain) if getattr(plain, name) != getattr(improved, name)} == {"model_arch_name"}
+    assert {name for name in dataclasses.asdict(plain) if getattr(plain, name) != getattr(improved, name)} == {
+        "model_arch_name",
+        "attention",
+        "initial_channel_gate",
+        "initial_spatial_gate",
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"attention": "cbam"},
+            "attention='cbam' contradicts model_arch_name='rcan_x4': set attention=None and initial_spatial_gate=None, or",
+        ),
+        ({"attention": "channel", "model_arch_name": "rcan_cbam_x4"}, "set attention='cbam', or a model without cbam in its name"),
+        ({"initial_spatial_gate": 0.9}, "initial_spatial_gate=0.9 contradicts model_arch_name='rcan_x4', which has no such gate"),
+        ({"initial_channel_gate": 1.0}, "initial_channel_gate=1.0 must lie between 0 and 1"),
+        ({"initial_spatial_gate": 0.0, "model_arch_name": "rcan_cbam_x4"}, "initial_spatial_gate=0.0 must lie between 0 and 1"),
+    ],
+)
+def test_a_model_and_its_attention_agree(settings, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(".", r"\.")):
+        Config(**settings)
+
+
+def test_what_the_model_is_told():
+    config = Config(model_arch_name="rcan_cbam_x4", attention="cbam_average", initial_channel_gate=0.9, initial_spatial_gate=0.8)
+    assert config.model_arguments == {"attention": "cbam_average", "initial_channel_gate": 0.9, "initial_spatial_gate": 0.8}

@@ -426,7 +426,7 @@ def test_missing_logits_are_refused():
 @pytest.mark.parametrize("weights", [(0, 0, 0), (-1, 0, 0), (1, -0.1, 0), (1, 0, -0.1)])
 def test_negative_weights_and_none_at_all_are_refused(weights):
     shown = ", ".join(str(float(weight)) for weight in weights).replace(".", r"\.")
-    with pytest.raises(ValueError, match=rf"=\({shown}\): none may be negative, nor all 0"):
+    with pytest.raises(ValueError, match=rf"=\({shown}\): all must be finite, none negative, nor all 0"):
         losses.CompositeLoss(*weights, vgg19_weights_path="random", perceptual_layers={"conv1_1": 1.0})
 
 
@@ -806,3 +806,32 @@ def test_the_discriminator_learns_to_tell_pictures_apart():
 def test_no_channels_are_refused():
     with pytest.raises(ValueError, match="channels=0 must be at least 1"):
         model.Discriminator(0)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: losses.CompositeLoss(float("nan"), 0, 0), "all must be finite"),
+        (lambda: losses.CompositeLoss(1, 0, float("inf")), "all must be finite"),
+        (lambda: losses.PerceptualLoss({"conv1_1": -1.0}, "random"), "every weight must be positive and finite"),
+        (lambda: losses.PerceptualLoss({"conv1_1": 0.0}, "random"), "every weight must be positive and finite"),
+        (
+            lambda: losses.PerceptualLoss({"conv3_1": 1.0}, "random")(torch.rand(1, 3, 3, 9), torch.rand(1, 3, 3, 9)),
+            "9x3 are too small .* 4 is",
+        ),
+    ],
+)
+def test_weights_and_sides_that_make_no_sense_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_the_smallest_picture_that_fits_has_features():
+    loss = losses.PerceptualLoss({"conv3_1": 1.0}, "random")
+    assert loss(torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4))["perceptual"] > 0
+
+
+def test_a_discriminator_in_double_precision_stays_close():
+    torch.manual_seed(0)
+    network, x = model.Discriminator(4), torch.rand(2, 3, 40, 32)
+    assert network(x).detach().numpy() == approx(network.double()(x.double()).detach().numpy(), abs=1e-4)
