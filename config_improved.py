@@ -79,17 +79,16 @@ class ImprovedConfig(Config):
 _COMPOSITE: dict[str, Any] = {"use_composite_loss": True, "best_metric": "newest"}  # as a GAN lowers PSNR from its first update on
 _LIGHT: dict[str, Any] = {
     "model_arch_name": "rcan_light_cbam_x4", "train_sets": ("DemoTrain",), "valid_sets": ("DemoTest",), "small_images": "skip",
-    "lr_patch_size": 32, "batch_size": 8, "schedule": "cosine", "warmup_updates": 50, "clip_grad_norm": 0.1, "ema_decay": 0.99,
+    "lr_patch_size": 24, "batch_size": 8, "schedule": "cosine", "warmup_updates": 50, "clip_grad_norm": 0.1, "ema_decay": 0.99,
     "epochs": 1, "log_every": 20, "eval_every": 200, "save_every": 200,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "psnr": {},
     "perceptual": {**_COMPOSITE, "epochs": 100, "learning_rate": 1e-5, "discriminator_learning_rate": 1e-5},
-    "light": {**_LIGHT, "steps_per_epoch": 800, "learning_rate": 1e-3},
+    "light": {**_LIGHT, "steps_per_epoch": 600, "learning_rate": 1e-3},
     "light_perceptual": {
         **_LIGHT,
         **_COMPOSITE,
-        "lr_patch_size": 24,
         "batch_size": 4,
         "steps_per_epoch": 400,
         "learning_rate": 1e-4,

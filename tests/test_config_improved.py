@@ -56,7 +56,7 @@ def test_the_presets_by_name():
             "discriminator_learning_rate": 1e-5, "discriminator_channels": 64, "total_updates": 100_000}),
         ("light", {
             "model_arch_name": "rcan_light_cbam_x4", "use_composite_loss": False, "best_metric": "psnr", "train_sets": ("DemoTrain",),
-            "valid_sets": ("DemoTest",), "small_images": "skip", "schedule": "cosine", "total_updates": 800}),
+            "valid_sets": ("DemoTest",), "small_images": "skip", "schedule": "cosine", "total_updates": 600}),
         ("light_perceptual", {
             **COMPOSITE, "model_arch_name": "rcan_light_cbam_x4", "train_sets": ("DemoTrain",), "valid_sets": ("DemoTest",),
             "small_images": "skip", "schedule": "cosine", "discriminator_channels": 32, "total_updates": 400}),
