@@ -86,11 +86,7 @@ class RCAN(nn.Module):
         for mark in self.marks():  # in the state_dict, so that such weights can never be taken for the paper's
             self.register_buffer(mark, torch.empty(0))
         for layer in filter(lambda module: isinstance(module, ChannelAttention | CBAM), self.modules()):
-            if initial_channel_gate is not None:
-                nn.init.constant_(layer.channel_attention_layer[3].bias, _logit(initial_channel_gate) / layer.summands)
-            if initial_spatial_gate is not None:
-                nn.init.zeros_(layer.spatial_attention_layer[0].weight)
-                nn.init.constant_(layer.spatial_attention_layer[0].bias, _logit(initial_spatial_gate))
+            _set_gates(layer, initial_channel_gate, initial_spatial_gate)
 
     def marks(self) -> list[str]:
         """Names of the empty buffers that say what no other name or shape says; none for the paper's network."""
@@ -308,6 +304,14 @@ def _check_gates(attention: str, initial_channel_gate: float | None, initial_spa
         raise ValueError(
             f"initial_spatial_gate={initial_spatial_gate} contradicts attention='channel', which has none: set it to None, or take CBAM"
         )
+
+
+def _set_gates(layer: "ChannelAttention | CBAM", initial_channel_gate: float | None, initial_spatial_gate: float | None) -> None:
+    if initial_channel_gate is not None:
+        nn.init.constant_(layer.channel_attention_layer[3].bias, _logit(initial_channel_gate) / layer.summands)
+    if initial_spatial_gate is not None:
+        nn.init.zeros_(layer.spatial_attention_layer[0].weight)
+        nn.init.constant_(layer.spatial_attention_layer[0].bias, _logit(initial_spatial_gate))
 
 
 def _logit(value: float) -> float:

@@ -282,6 +282,8 @@ class Run:
             keep = _keep_samples(samples, images, self.config.upscale_factor) if not scores else None
             found = utils.evaluate(lambda lr: upscale(self.ema.network, lr), images, self.config.upscale_factor, self.runtime, keep, name)
             scores |= {f"{name}/psnr": found["psnr"], f"{name}/ssim": found["ssim"]}
+        if not scores and self.config.best_metric == "newest":
+            self.save("best.pth.tar")
         if not scores:
             return
         psnr, ssim, *_ = scores.values()
@@ -417,7 +419,7 @@ class _Meter:
 _FREE_TO_CHANGE = {
     "mode", "results_dir", "exp_name", "resume", "start_epoch", "data_root", "cache_dir", "num_workers",
     "log_every", "eval_every", "save_every", "max_skipped_updates", "compile", "channels_last",
-    "valid_sets", "test_sets", "model_path", "self_ensemble", "save_images", "vgg19_weights_path",
+    "valid_sets", "test_sets", "model_path", "self_ensemble", "save_images",
 }  # fmt: skip
 
 
@@ -460,6 +462,7 @@ def _check_checkpoint(config: Config, checkpoint: Any, path: Path) -> None:
         raise ValueError(f"resume={config.resume!r}, but {path} exists: set resume='auto' to go on with it, or another exp_name")
     free = _FREE_TO_CHANGE | ({"epochs"} if config.schedule == "step" else set())
     free |= {"precision"} if config.precision == "auto" else set()
+    free |= {"vgg19_weights_path"} if "random" not in (before.get("vgg19_weights_path"), now.get("vgg19_weights_path")) else set()
     changed = [name for name in now if name not in free and before[name] != now[name]]
     if changed:
         differences = "; ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed)

@@ -24,14 +24,14 @@ from utils import Runtime, run
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_improved(argv)
-    _warn_of_a_start_from_nothing(config)
+    _warn_of_what_is_seldom_meant(config)
     if not train.train(config, AdversarialStep if config.use_composite_loss else train.PixelStep):
         sys.exit(130)
 
 
 class AdversarialStep(train.PixelStep):
-    """One update of both networks: the generator with the composite loss while the discriminator is frozen, then the
-    discriminator on the same SR, detached. Both gradients are found before either network moves.
+    """One update of both networks: the discriminator's gradient on SR that is detached, then, while it is frozen, the generator's
+    with the composite loss. Both gradients are found before either network moves.
 
     An update in which either gradient is not finite changes neither network. A term whose weight is 0 costs nothing, and without
     the adversarial one there is no discriminator: with L1 alone, this is `PixelStep` bit for bit.
@@ -62,21 +62,21 @@ class AdversarialStep(train.PixelStep):
         self.forward_discriminator = train.parallel(discriminator, runtime)
         built = train.build_optimizer(discriminator, config, config.discriminator_learning_rate)
         self.discriminator_optimizer, self.discriminator_scheduler = built
-        self.balance = _Balance().to(runtime.device)
+        self.balance = _Balance(min(LONG, config.total_updates // 8)).to(runtime.device)
 
     def __call__(self, lr: Tensor, gt: Tensor) -> dict[str, Tensor]:
         sr = self.upscale(lr)  # (n, 3, H, W)
-        terms = self._generator_terms(sr, gt)
-        norm = self.find_gradient(self.generator, self.optimizer, terms["total"])
-        norms, optimizers, schedulers, judged = [norm], [self.optimizer], [self.scheduler], {}
-        rates = {"optimizer/learning_rate": torch.full((), self.scheduler.get_last_lr()[0], device=self.device)}
+        norms, optimizers, schedulers, judged, gt_logits = [], [self.optimizer], [self.scheduler], {}, None
         if self.discriminator:
-            loss, judged = self._judge(sr.detach(), gt)
-            judged["discriminator/gradient_norm"] = self.find_gradient(self.discriminator, self.discriminator_optimizer, loss)
-            norms.append(judged["discriminator/gradient_norm"])
+            loss, judged, gt_logits = self._judge(sr.detach(), gt)
+            norms.append(self.find_gradient(self.discriminator, self.discriminator_optimizer, loss))
+            judged["discriminator/gradient_norm"] = norms[0]
             optimizers.append(self.discriminator_optimizer)
             schedulers.append(self.discriminator_scheduler)
-        skipped = self.apply_gradients(norms, optimizers, schedulers)
+        terms = self._generator_terms(sr, gt, gt_logits)
+        norm = self.find_gradient(self.generator, self.optimizer, terms["total"])
+        learning_rate = torch.full((), self.scheduler.get_last_lr()[0], device=self.device)
+        skipped = self.apply_gradients([*norms, norm], optimizers, schedulers)
         if self.discriminator:
             self.balance.update(judged["discriminator/accuracy"], skipped)
         return {
@@ -84,36 +84,35 @@ class AdversarialStep(train.PixelStep):
             **{f"weighted/{name}": weight * terms[name].detach() for name, weight in self.criterion.weights.items() if name in terms},
             **judged,
             "optimizer/gradient_norm": norm,
-            **rates,
+            "optimizer/learning_rate": learning_rate,
             "optimizer/skipped": skipped,
         }
 
-    def _generator_terms(self, sr: Tensor, gt: Tensor) -> dict[str, Tensor]:
-        """The composite loss and its terms; no gradient reaches the discriminator."""
+    def _generator_terms(self, sr: Tensor, gt: Tensor, gt_logits: Tensor | None) -> dict[str, Tensor]:
+        """The composite loss and its terms; no gradient reaches the discriminator, whose logits of gt are those of `_judge`."""
         if not self.discriminator:
             return self.criterion(sr, gt)
         self.discriminator.requires_grad_(False)
         with self.autocast():
             sr_logits = self.discriminator(sr)  # (n, 1)
-            with torch.no_grad():
-                gt_logits = self.discriminator(gt)
         self.discriminator.requires_grad_(True)
         return self.criterion(sr, gt, sr_logits, gt_logits)
 
-    def _judge(self, sr: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator's loss, and how well it tells sr from gt."""
+    def _judge(self, sr: Tensor, gt: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The discriminator's loss, how well it tells sr from gt, and its logits of gt, (n, 1)."""
         with self.autocast():  # two calls, as in ESRGAN, so that each kind is normalised by itself
             gt_logits, sr_logits = self.forward_discriminator(gt), self.forward_discriminator(sr)
         loss = self.criterion.adversarial.discriminator(sr_logits, gt_logits)["discriminator"]
         gt_logits, sr_logits = gt_logits.detach(), sr_logits.detach()
         threshold_gt, threshold_sr = (sr_logits.mean(), gt_logits.mean()) if self.criterion.adversarial.relativistic else (0, 0)
         right = ((gt_logits > threshold_gt).float().mean() + (sr_logits < threshold_sr).float().mean()) / 2
-        return loss, {
+        judged = {
             "discriminator/loss": loss.detach(),
             "discriminator/gt": gt_logits.mean(),
             "discriminator/sr": sr_logits.mean(),
             "discriminator/accuracy": right,
         }
+        return loss, judged, gt_logits
 
     def parts(self) -> dict[str, Any]:
         parts = super().parts()
@@ -134,19 +133,20 @@ class AdversarialStep(train.PixelStep):
 class _Balance(nn.Module):
     """Whether the discriminator has been winning for long, as its gradient then says nothing any more."""
 
-    def __init__(self) -> None:
+    def __init__(self, long: int) -> None:
         super().__init__()
-        self.register_buffer("accuracy", torch.tensor(0.5))  # average over about the last 100 updates
+        self.long = long  # updates
+        self.register_buffer("accuracy", torch.tensor(0.5))  # average over about the last 20 updates
         self.register_buffer("lopsided", torch.zeros(()))  # updates in a row that it has been above LOPSIDED
 
     def update(self, accuracy: Tensor, skipped: Tensor) -> None:
         """Nothing of a skipped update counts."""
-        average = torch.where(skipped > 0, self.accuracy, self.accuracy.lerp(accuracy, 0.01))
+        average = torch.where(skipped > 0, self.accuracy, self.accuracy.lerp(accuracy, 0.05))
         self.lopsided = torch.where(average > LOPSIDED, self.lopsided + 1 - skipped, torch.zeros_like(self.lopsided))
         self.accuracy = average
 
     def check(self) -> list[str]:
-        if self.lopsided < LONG:
+        if self.lopsided < self.long:
             return []
         return [
             f"warning: for {int(self.lopsided)} updates, the discriminator has told {self.accuracy.item():.1%} of the patches apart, and "
@@ -155,7 +155,7 @@ class _Balance(nn.Module):
 
 
 LOPSIDED = 0.99  # accuracy
-LONG = 500  # updates
+LONG = 500  # updates, or an eighth of a short run
 
 
 def _check_share(config: ImprovedConfig, runtime: Runtime) -> None:
@@ -178,10 +178,18 @@ def _fetch_vgg19(config: ImprovedConfig, runtime: Runtime) -> None:
     runtime.wait_for_all()
 
 
-def _warn_of_a_start_from_nothing(config: ImprovedConfig) -> None:
+def _warn_of_what_is_seldom_meant(config: ImprovedConfig) -> None:
+    """Say what is allowed, but seldom meant: a composite run without L1 weights, and one that is judged by PSNR."""
     resumes = config.resume not in ("auto", "never") or (config.experiment_dir / "last.pth.tar").exists()
     is_main = os.environ.get("RANK", "0") == "0"
-    if is_main and config.use_composite_loss and not config.pretrained_model_path and not resumes:
+    adversarial = is_main and config.use_composite_loss and config.adversarial_weight > 0
+    if adversarial and config.best_metric != "newest":
+        print(
+            f"warning: best_metric={config.best_metric!r} keeps the weights that the discriminator has changed least, as it lowers "
+            f"{config.best_metric.upper()} from its first update on: set best_metric='newest', as --preset perceptual does",
+            file=sys.stderr,
+        )
+    if adversarial and not config.pretrained_model_path and not resumes:
         print(
             "warning: the composite loss starts from random weights, where a discriminator wins at once: better train with L1 first "
             f"(--preset {'light' if 'light' in config.preset else 'psnr'}), then give its best.pth.tar with --pretrained_model_path",

@@ -176,7 +176,7 @@ def transfer(network: model.RCAN, path: str | os.PathLike) -> str:
     if misfits:
         raise ValueError(
             f"{path}: {len(misfits)} weights don't fit the network to train, first {misfits[0]}; "
-            f"the file is {source.arguments}, the network {network.arguments}"
+            f"{_differences(source, network)}; set these as in the file, or take other weights"
         )
     network.load_state_dict({**kept, **taken})
     dropped = sorted(given.keys() - taken.keys())
@@ -402,6 +402,13 @@ def export(network: model.RCAN, path: str | os.PathLike, layout: str = "native")
             safetensors.torch.save_file(state, part, {"format": "pt", _METADATA: json.dumps(recorded)})
         else:
             torch.save({"native": {"state_dict": state, **recorded}, "basicsr": {"params": state}}.get(layout, state), part)
+
+
+def _differences(source: model.RCAN, network: model.RCAN) -> str:
+    names = [
+        name for name, value in network.arguments.items() if source.arguments[name] != value and name not in ("mean", "upscale_factor")
+    ]
+    return "; ".join(f"{name} is {source.arguments[name]!r} in the file, {network.arguments[name]!r} in the network" for name in names)
 
 
 ENDINGS = (".pth.tar", ".pth", ".pt", ".safetensors")

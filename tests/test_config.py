@@ -167,7 +167,6 @@ def test_improved_settings_restate_only_what_differs():
     assert {name for name in dataclasses.asdict(plain) if getattr(plain, name) != getattr(improved, name)} == {
         "model_arch_name",
         "attention",
-        "initial_channel_gate",
         "initial_spatial_gate",
     }
 

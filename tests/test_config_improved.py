@@ -53,7 +53,7 @@ def test_the_presets_by_name():
         ("psnr", {"model_arch_name": "rcan_cbam_x4", "use_composite_loss": False, "best_metric": "psnr", "train_sets": ("DIV2K",)}),
         ("perceptual", {
             **COMPOSITE, "model_arch_name": "rcan_cbam_x4", "train_sets": ("DIV2K",), "learning_rate": 1e-5,
-            "discriminator_learning_rate": 1e-5, "discriminator_channels": 64, "total_updates": 100_000}),
+            "discriminator_learning_rate": 1e-4, "discriminator_channels": 64, "total_updates": 100_000}),
         ("light", {
             "model_arch_name": "rcan_light_cbam_x4", "use_composite_loss": False, "best_metric": "psnr", "train_sets": ("DemoTrain",),
             "valid_sets": ("DemoTest",), "small_images": "skip", "schedule": "cosine", "total_updates": 600}),

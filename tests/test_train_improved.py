@@ -18,7 +18,7 @@ import train_improved
 import utils
 import weights
 from config import Config
-from config_improved import ImprovedConfig
+from config_improved import ImprovedConfig, preset
 from helpers import tiny, write_set
 from runs import in_processes, log_lines, same_checkpoints, small_runs, stop_after, tensors
 from train_improved import AdversarialStep
@@ -71,7 +71,7 @@ def test_each_loss_reaches_exactly_its_own_network(settings, adversarial):
     step = AdversarialStep(settings(adversarial_loss=adversarial), CPU, "fp32")
     lr, gt = batch()
     sr = step.upscale(lr)
-    step._generator_terms(sr, gt)["total"].backward()
+    step._generator_terms(sr, gt, step.discriminator(gt).detach())["total"].backward()
     assert all(parameter.grad is not None for parameter in step.generator.parameters())
     assert step.generator.conv1.weight.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in step.discriminator.parameters())
@@ -148,7 +148,7 @@ def test_an_update_that_is_not_finite_changes_neither_network(settings, precisio
     else:
         with monkeypatch.context() as patch:
             judge = step._judge
-            patch.setattr(step, "_judge", lambda sr, gt: (judge(sr, gt)[0] * math.nan, judge(sr, gt)[1]))
+            patch.setattr(step, "_judge", lambda sr, gt: (judge(sr, gt)[0] * math.nan, *judge(sr, gt)[1:]))
             assert step(lr, gt)["optimizer/skipped"] == 1
     assert moved(before, state(step)) <= {"scheduler", "discriminator_scheduler", "scaler"}
     assert step(*batch(2))["optimizer/skipped"] == 0
@@ -256,6 +256,17 @@ def test_everything_that_has_a_state_is_in_the_checkpoint(settings):
     assert weights.load(config.experiment_dir / "last.pth.tar").arguments["attention"] == "cbam_average"
 
 
+def test_random_vgg19_is_not_swapped_for_another_in_a_run(settings):
+    train.train(settings(), AdversarialStep)
+    with pytest.raises(ValueError, match="vgg19_weights_path was 'random', is ''"):
+        train.train(settings(vgg19_weights_path="", epochs=4), AdversarialStep)
+
+
+def test_without_validation_the_newest_weights_are_kept(settings):
+    train.train(settings(valid_sets=()), AdversarialStep)
+    assert weights.read(settings().experiment_dir / "best.pth.tar")["update"] == 6
+
+
 def test_a_composite_run_does_not_go_on_from_an_l1_run(settings):
     train.train(settings(use_composite_loss=False), train.PixelStep)
     with pytest.raises(ValueError, match="use_composite_loss was False, is True"):
@@ -279,7 +290,7 @@ def test_best_is_judged_by_the_metric_that_is_named(settings, monkeypatch, metri
 def test_plain_weights_start_cbam_and_what_was_kept_is_said(settings, tmp_path, capsys):
     weights.export(tiny(2), tmp_path / "plain.pth")
     config = settings(pretrained_model_path=str(tmp_path / "plain.pth"), epochs=1, learning_rate=1e-12)
-    train_improved._warn_of_a_start_from_nothing(config)
+    train_improved._warn_of_what_is_seldom_meant(config)
     train.train(config, AdversarialStep)
     said = capsys.readouterr()
     assert "warning: the composite loss starts" not in said.err
@@ -289,13 +300,17 @@ def test_plain_weights_start_cbam_and_what_was_kept_is_said(settings, tmp_path, 
 
 
 def test_a_start_from_nothing_is_allowed_with_a_warning(settings, capsys):
-    train_improved._warn_of_a_start_from_nothing(settings(use_composite_loss=False))
+    train_improved._warn_of_what_is_seldom_meant(settings(use_composite_loss=False))
     assert capsys.readouterr().err == ""
-    train_improved._warn_of_a_start_from_nothing(settings())
-    assert "starts from random weights" in capsys.readouterr().err
+    train_improved._warn_of_what_is_seldom_meant(settings())
+    said = capsys.readouterr().err
+    assert "starts from random weights" in said
+    assert "best_metric" not in said
+    train_improved._warn_of_what_is_seldom_meant(settings(best_metric="ssim"))
+    assert "best_metric='ssim' keeps the weights that the discriminator has changed least, as it lowers SSIM" in capsys.readouterr().err
     train.train(settings(epochs=1), AdversarialStep)
     capsys.readouterr()
-    train_improved._warn_of_a_start_from_nothing(settings(epochs=1))  # resumes
+    train_improved._warn_of_what_is_seldom_meant(settings(epochs=1))  # resumes
     assert capsys.readouterr().err == ""
 
 
@@ -322,10 +337,10 @@ def test_one_patch_a_process_is_refused(settings):
 
 
 def test_a_discriminator_that_wins_for_long_is_reported():
-    balance = train_improved._Balance()
+    balance = train_improved._Balance(train_improved.LONG)
     zero, one = torch.zeros(()), torch.ones(())
-    # from 0.5, the average passes 0.99 after the first n with 0.5 · 0.99^n < 0.01: n = 390
-    for _ in range(389 + train_improved.LONG - 1):
+    # from 0.5, the average passes 0.99 after the first n with 0.5 · 0.95^n < 0.01: n = 77
+    for _ in range(76 + train_improved.LONG - 1):
         balance.update(one, zero)
     assert balance.lopsided == train_improved.LONG - 1
     assert balance.check() == []
@@ -334,9 +349,15 @@ def test_a_discriminator_that_wins_for_long_is_reported():
     balance.update(one, zero)
     (text,) = balance.check()
     assert f"for {train_improved.LONG} updates, the discriminator has told 100.0% of the patches apart" in text
-    for _ in range(2):
-        balance.update(zero, zero)
+    balance.update(zero, zero)
     assert (balance.lopsided, balance.check()) == (0, [])
+
+
+def test_the_warning_can_come_in_every_preset_with_a_discriminator():
+    for name in ("perceptual", "light_perceptual"):
+        config = preset(name, vgg19_weights_path="random", perceptual_layers=("conv1_1",), channels=8, reduction=4, num_rg=1, num_rcab=1)
+        step = AdversarialStep(config, CPU, "fp32")
+        assert 77 + step.balance.long < config.total_updates
 
 
 def test_the_warning_is_shown_and_the_run_goes_on(settings, monkeypatch, capsys):
@@ -358,7 +379,7 @@ def test_the_log_has_every_term(settings):
 
 TOGETHER = """
 import json, sys, train, train_improved, torch, utils
-from config_improved import ImprovedConfig
+from config_improved import ImprovedConfig, preset
 class Watched(train_improved.AdversarialStep):
     def __init__(self, *arguments):
         super().__init__(*arguments)
