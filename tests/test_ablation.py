@@ -358,7 +358,7 @@ def test_the_mean_curve_is_over_updates_that_all_have():
 
 
 def fake_study(config, perceptual):
-    """All runs but those of open and rcan_open and one of average: cbam 0.1 dB below at equal updates, but within the spread at equal time."""
+    """All runs but open's, rcan_open's and one of average's: cbam 0.1 dB below at equal updates, but within the spread at equal time."""
     runs = ablation.plan(config, make_timing(config), perceptual)
     offsets = {"l1": {"rcan": 0.0, "cbam": -0.1, "average": 0.5}, "l1_time": {"cbam": -0.001, "average": 0.4}}
     for run in runs:
