@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from typing import get_args
@@ -313,3 +314,35 @@ def test_settings_cannot_be_changed_after_they_were_checked():
 def test_importing_the_settings_is_cheap():
     probe = "import sys, config_improved; print(sorted({'torch', 'torchvision', 'numpy', 'tyro'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", probe], cwd=REPOSITORY, text=True).strip() == "[]"
+
+
+# What the documents say
+
+
+def documented_commands(script):
+    """The arguments of every such command in a block of shell code, with its continuation lines."""
+    for name in ("README.md", "IMPROVED_USAGE.md"):
+        text = (REPOSITORY / name).read_text(encoding="utf-8")
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if script in words:
+                    yield words[words.index(script) + 1 :]
+
+
+def test_every_documented_command_has_settings_that_exist():
+    commands = [*documented_commands("train_improved.py")]
+    assert len(commands) >= 7
+    assert {name for command in commands for name in command[1:2]} >= {"psnr", "perceptual", "light", "light_perceptual"}
+    for words in commands:
+        parse_improved(words)
+
+
+def test_the_documented_way_back_to_the_published_networks():
+    published = ["--attention", "cbam", "--initial_spatial_gate", "None", "--initial_channel_gate", "None"]
+    assert f"`{' '.join(published)}`" in (REPOSITORY / "IMPROVED_USAGE.md").read_text(encoding="utf-8").replace("\n", " ")
+    for name in ("psnr", "light"):
+        arguments = parse_improved(["--preset", name, *published]).model_arguments
+        assert arguments == {"attention": "cbam"}
+    plain = ["--model_arch_name", "rcan_x4", "--attention", "None", "--initial_spatial_gate", "None"]
+    assert parse_improved(["--preset", "psnr", *plain]).model_arguments == {}
