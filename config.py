@@ -63,18 +63,23 @@ class Config:
     halve_every: int = 200_000  # updates between two halvings of the learning rate, for schedule=step
     warmup_updates: int = 0  # updates over which the learning rate rises from 0
     clip_grad_norm: float = 1.0  # longest gradient, in the 2-norm over all weights; 0: not clipped
-    max_skipped_updates: int = 50  # updates in a row that may be skipped for not being finite before the run is stopped
+    skip_threshold: float = 0.0  # skip an update whose loss is more than so many times the running loss; 0: only one not finite
+    max_skipped: int = 50  # updates in a row that may be skipped before the run is stopped
     ema_decay: float = 0.999  # of the averaged weights, which are evaluated and saved; 0: no averaging
 
     # The device
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the network in training; auto: bf16 where it is fast
     channels_last: bool = True  # memory layout of the convolutions; faster nearly everywhere
+    accumulation_steps: int = 1  # parts that a device's share of a batch is computed in, for less memory; the update is the same
+    activation_checkpointing: bool = False  # compute the groups twice instead of keeping what they computed: less memory, slower
     compile: bool = False  # torch.compile each residual group: a slower start, faster updates; needs a C++ compiler on CPUs
 
     # Reports, in updates
     log_every: int = 100  # a line in log.jsonl and TensorBoard
     eval_every: int = 1000  # PSNR and SSIM of valid_sets, sample pictures, and best.pth.tar
     save_every: int = 1000  # last.pth.tar, from which the same command resumes
+    save_every_minutes: float = 10.0  # and also whenever so many minutes have passed since the last time; 0: never
+    keep_last: int = 1  # checkpoints before the last one to keep, as update_<number>.pth.tar
 
     best_metric: Literal["psnr", "ssim", "newest"] = "psnr"  # which weights best.pth.tar keeps, by the first of valid_sets
 
@@ -113,6 +118,11 @@ class Config:
                 f"initial_spatial_gate={self.initial_spatial_gate} contradicts model_arch_name={self.model_arch_name!r}, which has no such "
                 "gate: set initial_spatial_gate=None, or a model with cbam in its name"
             )
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"accumulation_steps={self.accumulation_steps} contradicts batch_size={self.batch_size}, which can't be cut into so many "
+                "equal parts: set a divisor of it"
+            )
         if self.start_epoch and self.resume == "never":
             raise ValueError(f"start_epoch={self.start_epoch} contradicts resume='never': set start_epoch=0 or resume='auto'")
         if self.start_epoch >= self.epochs:
@@ -128,6 +138,10 @@ class Config:
         for name in _AT_LEAST_0:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0, and finite")
+        if 0 < self.skip_threshold <= 1:
+            raise ValueError(f"skip_threshold={self.skip_threshold} would skip ordinary updates: set it to 0, or above 1, as 10")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed={self.seed} must be less than 2**63")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate={self.learning_rate} must lie between 0 and 1; the paper's is 1e-4")
         for name, value in (("ema_decay", self.ema_decay), ("adam_betas", max(self.adam_betas)), ("adam_betas", min(self.adam_betas))):
@@ -226,10 +240,11 @@ _OF_THE_MODEL = ("channels", "reduction", "num_rg", "num_rcab", "attention", "in
 _CHECKPOINTS = ("best.pth.tar", "last.pth.tar")
 _AT_LEAST_1 = (
     "channels", "reduction", "num_rg", "num_rcab", "epochs", "steps_per_epoch", "lr_patch_size", "batch_size", "halve_every",
-    "max_skipped_updates", "log_every", "eval_every", "save_every",
+    "max_skipped", "accumulation_steps", "log_every", "eval_every", "save_every",
 )  # fmt: skip
 _AT_LEAST_0 = (
-    "seed", "start_epoch", "num_workers", "warmup_updates", "clip_grad_norm", "l1_weight", "perceptual_weight", "adversarial_weight",
+    "seed", "start_epoch", "num_workers", "warmup_updates", "clip_grad_norm", "skip_threshold", "save_every_minutes", "keep_last",
+    "l1_weight", "perceptual_weight", "adversarial_weight",
 )  # fmt: skip
 
 
@@ -239,7 +254,16 @@ def _check_types(config: Config | type[Config]) -> None:
     for field in fields(config):
         if not _fits(getattr(config, field.name), hints[field.name]):
             name = str(hints[field.name]).replace("typing.", "") if get_args(hints[field.name]) else hints[field.name].__name__
-            raise ValueError(f"{field.name}={getattr(config, field.name)!r} must be {name}; correct its line in config.py")
+            where = _home(config, field.name)
+            raise ValueError(f"{field.name}={getattr(config, field.name)!r} must be {name}; correct its line in {where}")
+        if "\0" in str(getattr(config, field.name)):
+            raise ValueError(f"{field.name}={getattr(config, field.name)!r} must not hold a null character; no path and no name can")
+
+
+def _home(config: Config | type[Config], name: str) -> str:
+    """The file in which a setting has its line."""
+    kinds = (config if isinstance(config, type) else type(config)).__mro__
+    return next(f"{kind.__module__}.py" for kind in kinds if name in vars(kind).get("__annotations__", ()))
 
 
 def _fits(value: Any, hint: Any) -> bool:

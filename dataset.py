@@ -241,8 +241,9 @@ class PairStore:
 
     VERSION = 1
 
-    def __init__(self, folder: Path, sizes: Sequence[Size], upscale_factor: int) -> None:
+    def __init__(self, folder: Path, sizes: Sequence[Size], upscale_factor: int, names: Sequence[str] = ()) -> None:
         self.folder = folder
+        self.names = list(names) or [str(index) for index in range(len(sizes))]
         self.upscale_factor = upscale_factor
         self.gt_sizes = [tuple(size) for size in sizes]
         self.lr_sizes = [(height // upscale_factor, width // upscale_factor) for height, width in sizes]
@@ -286,7 +287,8 @@ class PairStore:
             "sources": [_fingerprint(pair) for pair in pairs],
         }
         folder = Path(cache_dir).absolute() / _store_name(sets, upscale_factor, degradation)
-        store = cls(folder, sizes, upscale_factor)
+        arguments = (folder, sizes, upscale_factor, [pair.gt.name for pair in pairs])
+        store = cls(*arguments)
         if folder.is_dir():
             problem = store._problem(expected)
             if problem is None:
@@ -294,8 +296,8 @@ class PairStore:
             store._maps.clear()  # some systems don't move files that are open
             if progress:
                 tqdm.write(f"{folder}: {problem}; building it again")
-        _build(cls(folder, sizes, upscale_factor), pairs, expected, progress)
-        return cls(folder, sizes, upscale_factor)  # not `store`, which may have mapped the old files
+        _build(cls(*arguments), pairs, expected, progress)
+        return cls(*arguments)  # not `store`, which may have mapped the old files
 
     def _problem(self, expected: Mapping[str, Any]) -> str | None:
         """What is wrong with the files on disk, or None."""
@@ -478,6 +480,10 @@ class TrainBatches(Dataset):
             top, left, side = top * scale, left * scale, size * scale
             gt[i] = imgproc.turn(self.store.gt(image)[top : top + side, left : left + side], orientation)
         return {"lr": torch.from_numpy(lr), "gt": torch.from_numpy(gt)}
+
+    def names(self, update: int) -> list[str]:
+        """The images of an update's patches, over all processes."""
+        return [self.store.names[image] for image in self._images(update)]
 
     def _images(self, update: int) -> list[int]:
         positions = range(update * self.batch_size, (update + 1) * self.batch_size)

@@ -20,6 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 SCALES = (2, 3, 4, 8)
 DIV2K_MEAN = (0.4488, 0.4371, 0.4040)  # RGB mean of DIV2K's training images, which the paper's network subtracts
@@ -76,6 +77,7 @@ class RCAN(nn.Module):
             "upsampler_activation": upsampler_activation,
         }
         self.upscale_factor = upscale_factor
+        self.activation_checkpointing = False  # in training, whether groups and upsampler are computed again for their gradients
         self.register_buffer("mean", torch.tensor(self.arguments["mean"]).view(1, 3, 1, 1))
         self.conv1 = _conv3x3(3, channels)
         self.trunk = nn.Sequential(*(ResidualGroup(channels, reduction, num_rcab, attention, activation) for _ in range(num_rg)))
@@ -95,8 +97,14 @@ class RCAN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Upscale `x`, RGB in [0, 1]; the result may leave [0, 1] a little, and `x` is left as it was."""
         shallow = self.conv1(x - self.mean)  # (N, C, h, w)
-        deep = self.conv2(self.trunk(shallow)) + shallow  # (N, C, h, w)
-        return self.conv3(self.upsampling(deep)) + self.mean  # (N, 3, scale h, scale w)
+        deep = self.conv2(self._compute(self.trunk, shallow)) + shallow  # (N, C, h, w)
+        return self.conv3(self._compute(self.upsampling, deep)) + self.mean  # (N, 3, scale h, scale w)
+
+    def _compute(self, layers: nn.Sequential, x: Tensor) -> Tensor:
+        for layer in layers:
+            again = self.activation_checkpointing and torch.is_grad_enabled()
+            x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False) if again else layer(x)  # (N, C, …)
+        return x
 
 
 class ResidualGroup(nn.Module):

@@ -7,12 +7,14 @@ The run lies in results/<exp_name>: last.pth.tar, best.pth.tar, config.json, log
 This is the only training loop; what one update does is a `Step`, here `PixelStep`.
 """
 
+import contextlib
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import checkpoints
 import dataset
+import files
 import imgproc
 import losses
 import model
@@ -40,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "use_composite_loss=True contradicts train.py, which trains with L1 alone: set it to False or run train_improved.py"
         )
     if not train(config, PixelStep):
-        sys.exit(130)
+        sys.exit(utils.STOPPED)
 
 
 class Step(Protocol):
@@ -49,7 +53,10 @@ class Step(Protocol):
     generator: nn.Module  # the network to evaluate; never wrapped
 
     def __call__(self, lr: Tensor, gt: Tensor) -> dict[str, Tensor]:
-        """Update from lr (n, 3, h, w) and gt (n, 3, H, W) in [0, 1]; the terms of the loss by name, detached scalars."""
+        """Update from lr (n, 3, h, w) and gt (n, 3, H, W) in [0, 1]; the terms of the loss by name, detached scalars.
+
+        One of them is SKIPPED: 1 if the update was left out, so that nothing has changed.
+        """
 
     def parts(self) -> dict[str, Any]:
         """Everything with a state, by the name it has in a checkpoint."""
@@ -58,10 +65,13 @@ class Step(Protocol):
         """What the user should know by now, a sentence each; ValueError if the run can't go on. Called at each report."""
 
 
+SKIPPED = "optimizer/skipped"
+
+
 class PixelStep:
     """One update with L1 (the paper's equation 2): forward, backward, clipping, Adam, learning rate.
 
-    An update whose gradient is not finite changes nothing and is counted as skipped. Nothing here waits for the device.
+    An update that `UpdateGuard` refuses changes nothing and is counted as skipped. Nothing here waits for the device.
     """
 
     def __init__(self, config: Config, runtime: Runtime, precision: str) -> None:
@@ -73,17 +83,36 @@ class PixelStep:
         self.criterion = losses.L1Loss()
         self.optimizer, self.scheduler = build_optimizer(self.generator, config, config.learning_rate)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=precision == "fp16")
-        self.skipped_in_a_row = torch.zeros((), device=runtime.device)
+        self.guard = UpdateGuard(config.skip_threshold, runtime.world_size).to(runtime.device)
 
     def __call__(self, lr: Tensor, gt: Tensor) -> dict[str, Tensor]:
-        terms = self.criterion(self.upscale(lr), gt)
-        norm = self.find_gradient(self.generator, self.optimizer, terms["l1"])
+        self.optimizer.zero_grad()
+        found = [self.add_gradient(*part) for part in self.in_parts(lr, gt)]
+        terms = {name: torch.stack([part[name] for part in found]).mean() for name in found[0]}
+        norm = self.finish_gradient(self.generator, self.optimizer)
         return {
-            **{f"loss/{name}": value.detach() for name, value in terms.items()},
+            **{f"loss/{name}": value for name, value in terms.items()},
             "optimizer/gradient_norm": norm,
             "optimizer/learning_rate": torch.full((), self.scheduler.get_last_lr()[0], device=self.device),
-            "optimizer/skipped": self.apply_gradients([norm], [self.optimizer], [self.scheduler]),
+            SKIPPED: self.apply_gradients(terms["l1"], [norm], [self.optimizer], [self.scheduler]),
         }
+
+    def in_parts(self, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+        """`accumulation_steps` equal parts of tensors of n, and with the last of them, True."""
+        parts = zip(*(tensor.chunk(self.config.accumulation_steps) for tensor in tensors), strict=True)
+        for number, part in enumerate(parts, start=1):
+            yield *part, number == self.config.accumulation_steps
+
+    def add_gradient(self, lr: Tensor, gt: Tensor, last: bool) -> dict[str, Tensor]:
+        """Add one part's share to the gradient; the terms of its loss."""
+        with self.synchronised(last):
+            terms = self.criterion(self.upscale(lr), gt)
+            self.scaler.scale(terms["l1"] / self.config.accumulation_steps).backward()
+        return {name: value.detach() for name, value in terms.items()}
+
+    def synchronised(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Processes add up their gradients in the last part only."""
+        return contextlib.nullcontext() if last or self.forward is self.generator else self.forward.no_sync()
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -92,17 +121,16 @@ class PixelStep:
         with self.autocast():
             return self.forward(lr)  # (n, 3, H, W)
 
-    def find_gradient(self, network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
-        """Leave the loss's gradient, clipped, in the network's weights; its norm before it was clipped."""
-        optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+    def finish_gradient(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Take the scaler's factor off the gradient in the network's weights, and clip it; its norm before that."""
         self.scaler.unscale_(optimizer)
         return nn.utils.clip_grad_norm_(network.parameters(), self.config.clip_grad_norm or math.inf).detach()
 
-    def apply_gradients(self, norms: Sequence[Tensor], optimizers: Sequence[torch.optim.Adam], schedulers: Sequence[Any]) -> Tensor:
-        """One update of each optimizer, or of none where a norm is not finite, decided on the device itself; 1 if left out."""
-        skipped = (~torch.isfinite(torch.stack(list(norms))).all()).float()
-        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
+    def apply_gradients(
+        self, loss: Tensor, norms: Sequence[Tensor], optimizers: Sequence[torch.optim.Adam], schedulers: Sequence[Any]
+    ) -> Tensor:
+        """One update of each optimizer, or of none where the guard says so, on the device itself; 1 if left out."""
+        skipped = self.guard(loss, norms)
         for optimizer in optimizers:
             optimizer.found_inf = skipped  # as GradScaler tells the fused Adam to leave everything as it is
             optimizer.step()
@@ -112,21 +140,64 @@ class PixelStep:
         return skipped
 
     def parts(self) -> dict[str, Any]:
-        return {"state_dict": self.generator, "optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
+        return {
+            "state_dict": self.generator,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "scaler": self.scaler,
+            "guard": self.guard,
+        }
 
     def check(self) -> list[str]:
-        if self.skipped_in_a_row >= self.config.max_skipped_updates:
+        if self.guard.in_a_row >= self.config.max_skipped:
             raise ValueError(
-                f"the last {int(self.skipped_in_a_row)} updates were not finite and were skipped: "
-                f"start again under another exp_name with a learning_rate below {self.config.learning_rate} or with precision='fp32'"
+                f"the last {int(self.guard.in_a_row)} updates were skipped, their loss or gradient not finite or far too large: the last "
+                f"checkpoint is sound; start again from it with pretrained_model_path, another exp_name, and a learning_rate below "
+                f"{self.config.learning_rate} or precision='fp32'"
             )
         return []
+
+
+class UpdateGuard(nn.Module):
+    """Which updates are left out: where a loss or gradient is not finite, or the loss is `threshold` times the running one.
+
+    Decided on the device, and equally in all processes. The running loss is the mean of about the last 100 accepted updates; it
+    has no say before it knows 20.
+    """
+
+    KNOWN, LONG = 20, 100  # updates
+
+    def __init__(self, threshold: float, world_size: int) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.world_size = world_size
+        self.register_buffer("in_a_row", torch.zeros(()))  # updates skipped, up to now
+        self.register_buffer("accepted", torch.zeros(()))  # updates, up to LONG
+        self.register_buffer("running_loss", torch.zeros(()))
+
+    @torch.no_grad()
+    def forward(self, loss: Tensor, norms: Sequence[Tensor]) -> Tensor:
+        """1 if the update is to be skipped, else 0, from its loss and the norms of its gradients, the same in all processes."""
+        refused = ~torch.isfinite(torch.stack(list(norms))).all()
+        if self.threshold:
+            loss = loss.detach().float().clone()
+            if self.world_size > 1:
+                torch.distributed.all_reduce(loss)
+                loss /= self.world_size
+            refused |= ~torch.isfinite(loss) | ((self.accepted >= self.KNOWN) & (loss > self.threshold * self.running_loss))
+            learned = self.running_loss.lerp(loss, 1 / (self.accepted + 1))
+            self.running_loss = torch.where(refused, self.running_loss, learned)
+            self.accepted = (self.accepted + ~refused).clamp(max=self.LONG)
+        skipped = refused.float()
+        self.in_a_row = (self.in_a_row + 1) * skipped
+        return skipped
 
 
 def build_generator(config: Config) -> model.RCAN:
     """The network that the settings name, in the memory layout that they ask for."""
     network = model.ARCHITECTURES[config.model_arch_name](**config.model_arguments)
     network = network.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+    network.activation_checkpointing = config.activation_checkpointing
     if config.compile:
         for group in network.trunk:  # regional: the groups are alike, so that one compilation serves all
             group.compile()
@@ -165,8 +236,14 @@ def train(config: Config, build_step: Callable[[Config, Runtime, str], Step]) ->
         ValueError, OSError: settings, data or checkpoint that don't fit; said before anything is changed.
     """
     runtime = utils.start_runtime()
+    with files.FolderLock(config.experiment_dir) if runtime.is_main else contextlib.nullcontext():
+        return _train(config, build_step, runtime)
+
+
+def _train(config: Config, build_step: Callable[[Config, Runtime, str], Step], runtime: Runtime) -> bool:
     say = print if runtime.is_main else _silent
-    checkpoint = find_checkpoint(config, say)
+    found = find_checkpoint(config, say)
+    path, checkpoint = found or (None, None)
     validation = open_validation(config, say)
     sets, usable = check_training(config, runtime, say)
     utils.seed_everything(config.seed)
@@ -177,8 +254,9 @@ def train(config: Config, build_step: Callable[[Config, Runtime, str], Step]) ->
     batches = open_training(config, runtime, sets, usable)
     run = Run(config, runtime, step, precision, validation, batches)
     if checkpoint:
-        run.restore(checkpoint)
-        del checkpoint  # as large as the run itself
+        run.restore(checkpoint, path)
+        del found, checkpoint  # as large as the run itself
+    check_agreement(run)
     say(describe_run(config, runtime, step.generator, precision, run.update))
     if run.finished:
         say(f"already finished at update {run.update}; raise epochs (schedule='step'), or set another exp_name to start anew")
@@ -207,6 +285,8 @@ class Run:
         self.ema = utils.EMA(step.generator, config.ema_decay)
         self.meter = _Meter(runtime)
         self.update = 0  # how many have been done
+        self.saved: int | None = None  # after which update last.pth.tar was written
+        self.saved_at = time.monotonic()
         self.evaluated = 0  # after which update the last evaluation was
         self.seconds = 0.0  # spent in the loop, over all sittings
         self.best_psnr = -math.inf
@@ -220,33 +300,39 @@ class Run:
     def go(self) -> bool:
         """Train until the end or until asked to stop; True at the end."""
         config, first, started, meter = self.config, self.update, time.perf_counter() - self.seconds, self.meter
-        self._write_settings()
-        feed = self._feed()
-        stopped = False
+        self._prepare_folder()
+        feed, poll = self._feed(), utils.Poll(self.runtime)
+        stopped = late = False
         with utils.RunLog(config.experiment_dir, first, config.total_updates, self.runtime.is_main) as log, utils.StopRequest() as stop:
             log.write(first, {"event": "start", "precision": self.precision, **utils.provenance()})
             while True:
                 done = self.update >= config.total_updates
                 self.seconds = time.perf_counter() - started
                 if self._evaluation_due() and not stopped:
-                    self.evaluate(log)
-                if done or stopped or (self.update > first and self.update % config.save_every == 0):
-                    self.save("last.pth.tar")
+                    stopped = not self.evaluate(log, stop)
+                if done or stopped or late or (self.update > first and self.update % config.save_every == 0):
+                    log.put_on_disk()
+                    self.save_last()
                 if done or stopped:
                     break
                 meter.resume()
                 batch = meter.timed(lambda: next(feed))
-                meter.add(self.step(batch["lr"], batch["gt"]))
+                terms = self.step(batch["lr"], batch["gt"])
+                meter.add(self.update, terms)
                 self.update += 1
-                self.ema.update(self.step.generator, self.update)
+                self.ema.update(self.step.generator, self.update, terms[SKIPPED])
                 meter.pause()
                 log.step()
                 if self.update % config.log_every == 0:
                     self.report(log, time.perf_counter() - started)
-                if self.runtime.world_size == 1 or self.update % 10 == 0:  # asking all processes takes time
-                    stopped = self.runtime.agree(bool(stop))
+                stopped, late = poll(bool(stop), self._save_is_late())
+            poll.finish()
         self._say_end(self.finished)
         return self.finished
+
+    def _save_is_late(self) -> bool:
+        minutes = self.config.save_every_minutes
+        return minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
 
     def _evaluation_due(self) -> bool:
         at_interval = self.update % self.config.eval_every == 0 or self.update >= self.config.total_updates
@@ -259,93 +345,128 @@ class Run:
 
     def report(self, log: utils.RunLog, seconds: float) -> None:
         """Log the means since the last report; the only place where the device is waited for."""
+        values, skipped = self.meter.take()
+        self._report_skipped(log, skipped)
         for warning in self.step.check():
             log.say(f"update {self.update}: {warning}")
-        values, not_finite = self.meter.take()
-        for name, count in not_finite.items():
-            log.say(f"update {self.update}: {name} was not finite in {count} of the last updates; such updates change nothing")
         epoch = self.update / self.config.steps_per_epoch
         values = {"epoch": epoch, "seconds": round(seconds, 1), **values, "memory/peak_gib": utils.peak_memory(self.runtime.device)}
         loss = values["loss/total"] if "loss/total" in values else values["loss/l1"]
+        shown = "no loss, all updates skipped" if loss is None else f"loss {loss:.4f}"
         best = f", best {self.best_psnr:.2f} dB" if math.isfinite(self.best_psnr) else ""
-        log.write(self.update, values, f"loss {loss:.4f}, waiting for data {values['time/waiting']:.0%}{best}")
+        log.write(self.update, values, f"{shown}, waiting for data {values['time/waiting']:.0%}{best}")
         if values["time/waiting"] > 0.2 and not self.warned:
             self.warned = True
             log.say(f"update {self.update}: {values['time/waiting']:.0%} of the time went into waiting for data; raise num_workers")
 
-    def evaluate(self, log: utils.RunLog) -> None:
-        """Score the averaged weights; the best ones, by `best_metric` on the first set, are kept in best.pth.tar."""
-        self.evaluated = self.update
+    def _report_skipped(self, log: utils.RunLog, skipped: Mapping[int, Sequence[str]]) -> None:
+        """Say which updates were left out, why, and what they had seen."""
+        for number, (update, terms) in enumerate(skipped.items()):
+            images = self.batches.names(update)
+            log.write(self.update, {"event": "skipped", "skipped": update + 1, "not_finite": list(terms), "images": images})
+            why = f"{', '.join(terms)} not finite" if terms else "its loss far above the running one"
+            if number < _MANY:
+                log.say(f"update {update + 1} was skipped and has changed nothing, {why}; its patches were cut from {_listed(images)}")
+        if len(skipped) > _MANY:
+            log.say(f"update {self.update}: {len(skipped) - _MANY} more were skipped since the last report; log.jsonl names them")
+
+    def evaluate(self, log: utils.RunLog, stop: utils.StopRequest) -> bool:
+        """Score the averaged weights; the best ones, by `best_metric` on the first set, are kept in best.pth.tar.
+
+        False if it was asked to stop before it was done; then nothing has been kept, and it remains due.
+        """
         scores: dict[str, float] = {}
         samples: dict[str, imgproc.Picture] = {}
         for name, images in self.validation.items():
             keep = _keep_samples(samples, images, self.config.upscale_factor) if not scores else None
-            found = utils.evaluate(lambda lr: upscale(self.ema.network, lr), images, self.config.upscale_factor, self.runtime, keep, name)
+            enlarge = partial(upscale, self.ema.network)
+            found = utils.evaluate(enlarge, images, self.config.upscale_factor, self.runtime, keep, name, stop)
+            if found is None:
+                return False
             scores |= {f"{name}/psnr": found["psnr"], f"{name}/ssim": found["ssim"]}
+        self.evaluated = self.update
         if not scores and self.config.best_metric == "newest":
-            self.save("best.pth.tar")
+            self.save(checkpoints.BEST)
         if not scores:
-            return
+            return True
         psnr, ssim, *_ = scores.values()
         better = {"psnr": psnr > self.best_psnr, "ssim": ssim > self.best_ssim, "newest": True}[self.config.best_metric]
+        log.write(self.update, {"event": "evaluation", "seconds": round(self.seconds, 1), **scores})
         if better:
             self.best_psnr, self.best_ssim = psnr, ssim
-            self.save("best.pth.tar")
-        log.write(self.update, {"event": "evaluation", "seconds": round(self.seconds, 1), **scores})
+            self.save(checkpoints.BEST)
         text = ", ".join(f"{name} {scores[f'{name}/psnr']:.2f} dB / {scores[f'{name}/ssim']:.4f}" for name in self.validation)
         log.say(f"update {self.update}, {self.seconds / 60:.1f} min: {text}{f' (best by {self.config.best_metric})' if better else ''}")
         if samples and self.runtime.is_main:
             sheet = np.concatenate([samples[name] for name in sorted(samples)])
             imgproc.write_image(self.config.experiment_dir / "samples" / f"{self.update:07d}.png", sheet)
             log.picture(self.update, "bicubic, SR, GT", sheet)
+        return True
 
-    def save(self, name: str) -> None:
-        """Write a checkpoint: everything that the same command needs to go on, in plain types."""
+    def save_last(self) -> None:
+        """Write last.pth.tar, everything that the same command needs to go on; the one before it is kept as `keep_last` says."""
+        state = self.state()
         if self.runtime.is_main:
-            state = {
-                "epoch": self.update // self.config.steps_per_epoch,
-                "update": self.update,
-                "evaluated": self.evaluated,
-                "seconds": self.seconds,
-                "best_psnr": self.best_psnr,
-                "best_ssim": self.best_ssim,
-                "best_metric": self.config.best_metric,
-                **{name: part.state_dict() for name, part in self.step.parts().items()},
-                "ema_state_dict": self.ema.network.state_dict(),
-                "arguments": self.step.generator.arguments,
-                "meter": self.meter.state_dict(),
-                "data": self.batches.fingerprint,
-                "config": asdict(self.config),
-                "precision": self.precision,
-                "random_states": utils.random_states(),
-                "provenance": utils.provenance(),
-            }
-            utils.save_checkpoint(self.config.experiment_dir / name, state)
+            checkpoints.save_last(self.config.experiment_dir, state, self.saved, self.config.keep_last)
+        self.saved, self.saved_at = self.update, time.monotonic()
         self.runtime.wait_for_all()
 
-    def restore(self, checkpoint: Mapping[str, Any]) -> None:
+    def save(self, name: str) -> None:
+        """Write a checkpoint of another name."""
+        state = self.state()
+        if self.runtime.is_main:
+            checkpoints.save(self.config.experiment_dir / name, state)
+        self.runtime.wait_for_all()
+
+    def state(self) -> dict[str, Any]:
+        """Everything that belongs to a checkpoint, in plain types; all processes are asked for their part."""
+        return {
+            "epoch": self.update // self.config.steps_per_epoch,
+            "update": self.update,
+            "evaluated": self.evaluated,
+            "seconds": self.seconds,
+            "best_psnr": self.best_psnr,
+            "best_ssim": self.best_ssim,
+            "best_metric": self.config.best_metric,
+            **{name: part.state_dict() for name, part in self.step.parts().items()},
+            "ema_state_dict": self.ema.network.state_dict(),
+            "arguments": self.step.generator.arguments,
+            "meter": self.meter.state_dict(),
+            "data": self.batches.fingerprint,
+            "config": asdict(self.config),
+            "precision": self.precision,
+            "random_states": utils.random_states(),
+            "provenance": utils.provenance(),
+        }
+
+    def restore(self, checkpoint: Mapping[str, Any], path: Path) -> None:
         """Go on from a checkpoint that `find_checkpoint` has accepted.
 
         Raises:
-            ValueError: the training images are others now.
+            ValueError: the training images are others now, or a part of the state is missing.
         """
         if checkpoint["data"] != self.batches.fingerprint:
             raise ValueError(
                 f"the training images have changed since the run was started (were {checkpoint['data']}, are {self.batches.fingerprint}): "
                 "bring the old ones back, or set another exp_name and pretrained_model_path"
             )
+        missing = self.step.parts().keys() - checkpoint.keys()
+        if missing:
+            raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}; to start from its weights, set pretrained_model_path")
         for name, part in self.step.parts().items():
             part.load_state_dict(checkpoint[name])
         self.ema.network.load_state_dict(checkpoint["ema_state_dict"])
         self.meter.load_state_dict(checkpoint["meter"])
         self.update, self.evaluated, self.seconds = checkpoint["update"], checkpoint["evaluated"], checkpoint["seconds"]
         self.best_psnr, self.best_ssim = checkpoint["best_psnr"], checkpoint["best_ssim"]
+        self.saved = self.update if path == self.config.experiment_dir / checkpoints.LAST else None
         utils.restore_random_states(checkpoint["random_states"])
 
-    def _write_settings(self) -> None:
+    def _prepare_folder(self) -> None:
         if self.runtime.is_main:
+            files.remove_leftovers(self.config.experiment_dir)
             text = json.dumps({**asdict(self.config), "provenance": utils.provenance()}, indent=2)
-            utils.write_text(self.config.experiment_dir / "config.json", text + "\n")
+            files.write_text(self.config.experiment_dir / "config.json", text + "\n")
 
     def _say_end(self, done: bool) -> None:
         if self.runtime.is_main:
@@ -356,8 +477,16 @@ class Run:
             print(f"{how}: update {self.update} after {minutes:.1f} min{best}\n{folder}")
 
 
+_MANY = 3  # skipped updates that are told apart in one report
+
+
+def _listed(names: Sequence[str], most: int = 16) -> str:
+    distinct = list(dict.fromkeys(names))
+    return ", ".join(distinct[:most]) + (f" and {len(distinct) - most} more" if len(distinct) > most else "")
+
+
 class _Meter:
-    """Means of terms since the last report, kept on the device, and where the time went."""
+    """The terms of the updates since the last report, kept on the device, and where the time went."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
@@ -365,17 +494,31 @@ class _Meter:
 
     def restart(self) -> None:
         self.names: list[str] = []
-        self.sums: Tensor | None = None
+        self.updates: list[int] = []
+        self.values: list[Tensor] = []  # (terms,) each
         self.passed = self.waited = 0.0  # seconds
-        self.updates = 0
+        self.resumed_with = 0  # updates of an earlier sitting, whose time is not known
 
     def state_dict(self) -> dict[str, Any]:
         """What a report between two checkpoints needs of the time before the first, so that a resumed run logs the same."""
-        return {"names": self.names, "sums": self.sums, "updates": self.updates}
+        values = torch.stack(self.values).cpu() if self.values else torch.empty(0, len(self.names))
+        gathered = self.runtime.gather((self.updates, values))
+        values = torch.cat([part for _, part in gathered])  # (updates, terms)
+        return {
+            "names": self.names,
+            "updates": [update for updates, _ in gathered for update in updates],
+            "values": values.nan_to_num(0, 0, 0),  # as a checkpoint holds finite values only
+            "kind": torch.where(values.isnan(), 1, torch.where(values.isinf(), 2, 0)).to(torch.uint8),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.names, self.updates = state["names"], state["updates"]
-        self.sums = None if state["sums"] is None else state["sums"].to(self.runtime.device)
+        """In the main process; the others' part is in it."""
+        self.names = list(state["names"])
+        if self.runtime.is_main:
+            values = state["values"].clone()
+            values[state["kind"] == 1], values[state["kind"] == 2] = math.nan, math.inf
+            self.updates, self.values = list(state["updates"]), list(values.to(self.runtime.device))
+            self.resumed_with = len(self.updates)
 
     def resume(self) -> None:
         self.resumed = time.perf_counter()
@@ -390,26 +533,28 @@ class _Meter:
         self.waited += time.perf_counter() - start
         return result
 
-    def add(self, terms: Mapping[str, Tensor]) -> None:
+    def add(self, update: int, terms: Mapping[str, Tensor]) -> None:
         self.names = list(terms)
-        values = torch.stack([value.to(self.runtime.device, torch.float32) for value in terms.values()])
-        finite = torch.isfinite(values)
-        both = torch.stack((torch.where(finite, values, 0), finite.float()))  # (2, terms)
-        self.sums = both if self.sums is None else self.sums + both
-        self.updates += 1
+        self.updates.append(update)
+        self.values.append(torch.stack([value.to(self.runtime.device, torch.float32) for value in terms.values()]))
 
-    def take(self) -> tuple[dict[str, float], dict[str, int]]:
-        """The mean of each term over its finite values and all processes, and how often a term was not finite."""
-        assert self.sums is not None
-        if self.runtime.world_size > 1:
-            torch.distributed.all_reduce(self.sums)
-        sums, counts = self.sums.tolist()
-        means = {name: total / count if count else math.nan for name, total, count in zip(self.names, sums, counts, strict=True)}
-        expected = self.updates * self.runtime.world_size
-        not_finite = {name: expected - int(count) for name, count in zip(self.names, counts, strict=True) if count < expected}
-        means |= {"time/updates_per_second": self.updates / self.passed, "time/waiting": self.waited / self.passed}
+    def take(self) -> tuple[dict[str, float | None], dict[int, list[str]]]:
+        """The mean of each term over accepted updates and all processes, and for each skipped update, what was not finite."""
+        gathered = self.runtime.gather((self.updates, torch.stack(self.values).tolist()))
+        rows = [(update, dict(zip(self.names, row, strict=True))) for updates, part in gathered
+                for update, row in zip(updates, part, strict=True)]  # fmt: skip
+        kept = [row for _, row in rows if not row[SKIPPED]]
+        means: dict[str, float | None] = {name: math.fsum(row[name] for row in kept) / len(kept) if kept else None for name in self.names}
+        means[SKIPPED] = math.fsum(row[SKIPPED] for _, row in rows) / len(rows)
+        skipped: dict[int, list[str]] = {}
+        for update, row in sorted(rows, key=lambda found: found[0]):
+            if row[SKIPPED]:
+                known = skipped.setdefault(update, [])
+                known += [name for name, value in row.items() if not math.isfinite(value) and name not in known]
+        done = len(self.updates) - self.resumed_with
+        means |= {"time/updates_per_second": done / self.passed, "time/waiting": self.waited / self.passed}
         self.restart()
-        return means, not_finite
+        return means, skipped
 
 
 # Before the loop
@@ -418,33 +563,42 @@ class _Meter:
 # What may differ when a run is resumed: where things lie, what is reported, and what only other scripts use
 _FREE_TO_CHANGE = {
     "mode", "results_dir", "exp_name", "resume", "start_epoch", "data_root", "cache_dir", "num_workers",
-    "log_every", "eval_every", "save_every", "max_skipped_updates", "compile", "channels_last",
+    "log_every", "eval_every", "save_every", "save_every_minutes", "keep_last", "max_skipped", "skip_threshold",
+    "compile", "channels_last", "accumulation_steps", "activation_checkpointing",
     "valid_sets", "test_sets", "model_path", "self_ensemble", "save_images",
 }  # fmt: skip
 
 
-def find_checkpoint(config: Config, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The checkpoint to go on from, or None for a new run.
+_OF_A_MACHINE = {"data_root", "cache_dir", "num_workers", "vgg19_weights_path"}  # settings that machines may differ in
+
+
+def find_checkpoint(config: Config, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from, the newest that is whole, and its path; None for a new run.
 
     Raises:
         FileNotFoundError: `resume` names a file that is not there.
-        ValueError: the checkpoint contradicts the settings, or lacks what resuming needs.
+        ValueError: none is whole, or it contradicts the settings, or lacks what resuming needs.
     """
-    last = config.experiment_dir / "last.pth.tar"
-    if last.exists():
-        return _read_checkpoint(config, last, say)
-    if config.resume not in ("auto", "never"):
-        return _read_checkpoint(config, Path(config.resume), say)
+    folder = config.experiment_dir
+    candidates = checkpoints.present(folder)
+    if not candidates and config.resume not in ("auto", "never"):
+        candidates = [Path(config.resume)]
+    if candidates:
+        return _read_checkpoint(config, candidates, say)
     if config.start_epoch:
-        raise ValueError(f"start_epoch={config.start_epoch}, but there is no {last} to go on from: set start_epoch=0")
+        raise ValueError(f"start_epoch={config.start_epoch}, but there is no {folder / checkpoints.LAST} to go on from: set start_epoch=0")
     return None
 
 
-def _read_checkpoint(config: Config, path: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    checkpoint = weights.read(path)
+def _read_checkpoint(config: Config, candidates: Sequence[Path], say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    path, checkpoint, problems = checkpoints.read_newest(candidates)
     _check_checkpoint(config, checkpoint, path)
+    for problem in problems:
+        say(f"warning: {problem}; an older checkpoint is taken instead")
+    if path.name != checkpoints.LAST and path.parent == config.experiment_dir and not problems:
+        say(f"warning: {path.parent / checkpoints.LAST} is missing; an older checkpoint is taken instead")
     say(f"going on from {path.absolute()}: update {checkpoint['update']}, epoch {checkpoint['epoch']}")
-    return checkpoint
+    return path, checkpoint
 
 
 def _check_checkpoint(config: Config, checkpoint: Any, path: Path) -> None:
@@ -469,6 +623,23 @@ def _check_checkpoint(config: Config, checkpoint: Any, path: Path) -> None:
         raise ValueError(f"{path}: the run was started with other settings ({differences}): set them back, or set another exp_name")
 
 
+def check_agreement(run: Run) -> None:
+    """All processes must be about to do the same.
+
+    Raises:
+        ValueError: one starts elsewhere, sees other images or has other settings, as where machines don't share their disks.
+    """
+    own = {"update": run.update, "training images": run.batches.fingerprint, **asdict(run.config)}
+    for rank, other in enumerate(run.runtime.gather(own)):
+        differing = [name for name in own.keys() - _OF_A_MACHINE if own[name] != other[name]]
+        if differing:
+            differences = "; ".join(f"{name} is {other[name]!r} and {own[name]!r}" for name in sorted(differing))
+            raise ValueError(
+                f"processes {rank} and {run.runtime.rank} are about to train differently ({differences}): give all machines the same "
+                "settings and images, and a results_dir on a disk that they share"
+            )
+
+
 def open_validation(config: Config, say: Callable[[str], None]) -> dict[str, dataset.EvaluationSet]:
     """The sets to score during training, each checked and described."""
     sets = dataset.open_test_sets(config.data_root, config.valid_sets, config.upscale_factor, config.degradation)
@@ -481,8 +652,12 @@ def check_training(config: Config, runtime: Runtime, say: Callable[[str], None])
     """The training sets, checked and described, and the indices of the images that a patch can be cut from."""
     if not config.train_sets:
         raise ValueError("train_sets is empty: name at least one, as in --train_sets DIV2K Flickr2K")
-    if config.batch_size % runtime.world_size:
-        raise ValueError(f"batch_size={config.batch_size} can't be shared by {runtime.world_size} processes: set a multiple")
+    parts = runtime.world_size * config.accumulation_steps
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size={config.batch_size} can't be shared by {runtime.world_size} processes with accumulation_steps="
+            f"{config.accumulation_steps}: set a multiple of {parts}"
+        )
     sets = {}
     for name in config.train_sets:
         sets[name] = dataset.find_pairs(Path(config.data_root) / name, config.upscale_factor, config.degradation)

@@ -18,15 +18,16 @@ from torch import Tensor, nn
 import losses
 import model
 import train
+import utils
 from config_improved import ImprovedConfig, parse_improved
-from utils import Runtime, run
+from utils import Runtime
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_improved(argv)
     _warn_of_what_is_seldom_meant(config)
     if not train.train(config, AdversarialStep if config.use_composite_loss else train.PixelStep):
-        sys.exit(130)
+        sys.exit(utils.STOPPED)
 
 
 class AdversarialStep(train.PixelStep):
@@ -65,18 +66,21 @@ class AdversarialStep(train.PixelStep):
         self.balance = _Balance(min(LONG, config.total_updates // 8)).to(runtime.device)
 
     def __call__(self, lr: Tensor, gt: Tensor) -> dict[str, Tensor]:
-        sr = self.upscale(lr)  # (n, 3, H, W)
+        sr = self._upscale_whole(lr)  # (n, 3, H, W)
         norms, optimizers, schedulers, judged, gt_logits = [], [self.optimizer], [self.scheduler], {}, None
         if self.discriminator:
+            self.discriminator_optimizer.zero_grad()
             loss, judged, gt_logits = self._judge(sr.detach(), gt)
-            norms.append(self.find_gradient(self.discriminator, self.discriminator_optimizer, loss))
+            self.scaler.scale(loss).backward()
+            norms.append(self.finish_gradient(self.discriminator, self.discriminator_optimizer))
             judged["discriminator/gradient_norm"] = norms[0]
             optimizers.append(self.discriminator_optimizer)
             schedulers.append(self.discriminator_scheduler)
         terms = self._generator_terms(sr, gt, gt_logits)
-        norm = self.find_gradient(self.generator, self.optimizer, terms["total"])
+        self._find_generator_gradient(lr, sr, terms["total"])
+        norm = self.finish_gradient(self.generator, self.optimizer)
         learning_rate = torch.full((), self.scheduler.get_last_lr()[0], device=self.device)
-        skipped = self.apply_gradients([*norms, norm], optimizers, schedulers)
+        skipped = self.apply_gradients(terms["total"], [*norms, norm], optimizers, schedulers)
         if self.discriminator:
             self.balance.update(judged["discriminator/accuracy"], skipped)
         return {
@@ -85,8 +89,25 @@ class AdversarialStep(train.PixelStep):
             **judged,
             "optimizer/gradient_norm": norm,
             "optimizer/learning_rate": learning_rate,
-            "optimizer/skipped": skipped,
+            train.SKIPPED: skipped,
         }
+
+    def _upscale_whole(self, lr: Tensor) -> Tensor:
+        """SR of the whole batch, as the discriminator normalises over it: in parts, it is first made without a graph."""
+        if self.config.accumulation_steps == 1:
+            return self.upscale(lr)  # (n, 3, H, W)
+        with torch.no_grad(), self.autocast():
+            return torch.cat([self.generator(part) for part, _ in self.in_parts(lr)]).requires_grad_()
+
+    def _find_generator_gradient(self, lr: Tensor, sr: Tensor, loss: Tensor) -> None:
+        """Leave the loss's gradient in the generator; in parts, by way of that of SR, which is made once more, so that it is the same."""
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        if self.config.accumulation_steps == 1:
+            return
+        for part, gradient, last in self.in_parts(lr, sr.grad):
+            with self.synchronised(last):
+                self.upscale(part).backward(gradient)
 
     def _generator_terms(self, sr: Tensor, gt: Tensor, gt_logits: Tensor | None) -> dict[str, Tensor]:
         """The composite loss and its terms; no gradient reaches the discriminator, whose logits of gt are those of `_judge`."""
@@ -198,4 +219,4 @@ def _warn_of_what_is_seldom_meant(config: ImprovedConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    utils.run(main)

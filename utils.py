@@ -1,4 +1,4 @@
-"""Running: devices and processes, seeds, averaged weights, checkpoints, the run log, and evaluation."""
+"""Running: how scripts end, devices and processes, seeds, averaged weights, evaluation, and the run log."""
 
 import contextlib
 import copy
@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
+import files
 import imgproc
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -35,16 +35,25 @@ REPOSITORY = Path(__file__).resolve().parent
 # Entry points
 
 
+STOPPED = 75  # exit code of a training that was asked to stop, and has saved itself ("try again", in sysexits.h)
+
+
 def run(main: Callable[[], None]) -> None:
-    """Call a script's main; a mistake of the user's ends in one sentence and exit code 1, a mistake of ours in a traceback."""
+    """Call a script's main. A mistake of the user's ends in one sentence and exit code 1, one of ours in a traceback.
+
+    With `--debug` on the command line, every mistake shows its traceback. SIGTERM and SIGUSR1 end a script as Ctrl-C does, so that
+    nothing is left half-written; a training takes them for a request to save itself, by `StopRequest`.
+    """
+    debug = "--debug" in sys.argv[1:]
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        main()
-    except (ValueError, OSError) as error:
-        innermost = traceback.extract_tb(error.__traceback__)[-1]
-        ours = Path(innermost.filename).resolve().parent in (REPOSITORY, REPOSITORY / "scripts")
-        if isinstance(error, ValueError) and not (ours and (innermost.line or "").startswith("raise ")):
+        with _signals(_terminate, "SIGTERM", "SIGUSR1"):
+            main()
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        sentence = None if debug else _sentence(error)
+        if sentence is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error{_who()}: {sentence}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -54,33 +63,82 @@ def run(main: Callable[[], None]) -> None:
             torch.distributed.destroy_process_group()
 
 
-class StopRequest:
-    """Becomes true at Ctrl-C or SIGTERM, so that a run can save itself; the second Ctrl-C ends it at once.
+def _sentence(error: Exception) -> str | None:
+    """What to tell the user, or None for a mistake of ours."""
+    innermost = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(innermost.filename).resolve().parent in (REPOSITORY, REPOSITORY / "scripts")
+    if isinstance(error, OSError):
+        return files.explain(error)
+    if isinstance(error, ValueError) and ours and (innermost.line or "").startswith("raise "):
+        return str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        what = str(error).split(". ")[0] or "out of memory"
+        return f"{what}: {_LESS}"
+    return next((sentence for part, sentence in _KNOWN.items() if isinstance(error, RuntimeError) and part in str(error)), None)
 
+
+_PEER = "another process of this run has ended, its own message says why: the same command goes on from the last checkpoint"
+_LESS = "in training, lower batch_size or lr_patch_size, raise accumulation_steps, or set activation_checkpointing=True"
+_KNOWN = {  # parts of what PyTorch says where the mistake is not ours
+    "can't allocate memory": f"there is too little memory: {_LESS}",
+    "DataLoader worker (pid": "a process that cuts batches has ended, or was ended, as for lack of memory: "
+    "lower num_workers; the same command goes on from the last checkpoint",
+    "Connection closed by peer": _PEER,
+    "Connection reset by peer": _PEER,
+    "Broken pipe": _PEER,
+}
+
+
+def _who() -> str:
+    return f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
+
+
+def _terminate(number: int, _frame: object) -> None:
+    sys.exit(128 + number)
+
+
+@contextlib.contextmanager
+def _signals(handler: Callable[[int, Any], None], *names: str) -> Iterator[None]:
+    """Signals by name go to a handler; in the main thread and where they exist."""
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before: dict[int, Any] = {}
+    try:
+        with contextlib.suppress(ValueError):  # not the main thread
+            before = {number: signal.signal(number, handler) for number in numbers}
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+class StopRequest:
+    """Becomes true at Ctrl-C, SIGTERM or SIGUSR1, so that a run can save itself; another one ends it at once.
+
+    What comes within a second of the first is taken for the same request, as torchrun and terminals tell a process twice.
     Signals reach the main thread only; elsewhere, as under a test runner's threads, it stays false.
     """
 
+    SAME = 1.0  # seconds
+
     def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[int, Any] = {}
+        self.requested: float | None = None
 
     def __enter__(self) -> "StopRequest":
-        with contextlib.suppress(ValueError):  # not the main thread
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._request)
+        self._handling = contextlib.ExitStack()
+        self._handling.enter_context(_signals(self._request, "SIGINT", "SIGTERM", "SIGUSR1"))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._handling.close()
 
     def __bool__(self) -> bool:
-        return self.requested
+        return self.requested is not None
 
-    def _request(self, number: int, _frame: object) -> None:
-        if self.requested and number == signal.SIGINT:
+    def _request(self, _number: int, _frame: object) -> None:
+        if self.requested is None:
+            self.requested = time.monotonic()
+        elif time.monotonic() - self.requested > self.SAME:
             raise KeyboardInterrupt
-        self.requested = True
 
 
 # Devices and processes
@@ -88,11 +146,12 @@ class StopRequest:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process runs, and which of how many it is."""
+    """Where this process runs, and which of how many it is; `control` is the group for what goes between CPUs."""
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    control: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -100,15 +159,43 @@ class Runtime:
 
     def wait_for_all(self) -> None:
         if self.world_size > 1:
-            torch.distributed.barrier()
+            torch.distributed.barrier(self.control)
 
-    def agree(self, flag: bool) -> bool:
-        """True on all processes as soon as it is on one."""
-        if self.world_size == 1:
-            return bool(flag)
-        value = torch.tensor(int(flag), device=self.device)
-        torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
-        return bool(value.item())
+    def gather(self, value: Any) -> list[Any]:
+        """The value of each process, in all of them."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(values, value, self.control)
+        return values
+
+
+class Poll:
+    """Asks all processes yes-or-no questions at every update, without waiting: the answers are those of the update before.
+
+    With one process, the answers are its own, at once.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self._asked: tuple[Any, Tensor] | None = None
+
+    def __call__(self, *answers: bool) -> list[bool]:
+        """For each question, whether any process said yes."""
+        if self.runtime.world_size == 1:
+            return list(answers)
+        heard = self.finish() or [False] * len(answers)
+        votes = torch.tensor(answers, dtype=torch.int32)
+        self._asked = torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX, self.runtime.control, async_op=True), votes
+        return heard
+
+    def finish(self) -> list[bool]:
+        """Hear what was asked last."""
+        if self._asked is None:
+            return []
+        work, votes = self._asked
+        work.wait()
+        self._asked = None
+        return [bool(vote) for vote in votes]
 
 
 def start_runtime() -> Runtime:
@@ -121,11 +208,14 @@ def start_runtime() -> Runtime:
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; who wants it fast takes bf16
     else:
         device = torch.device("cpu")
-    if world_size > 1 and not torch.distributed.is_initialized():
-        fast = device.type == "cuda" and torch.distributed.is_nccl_available()
+    control = None
+    if world_size > 1:
+        if not torch.distributed.is_initialized():
+            fast = device.type == "cuda" and torch.distributed.is_nccl_available()
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if fast else "gloo", timeout=timedelta(minutes=10))
         patience = timedelta(hours=2)  # others wait while the main process decodes the training images
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if fast else "gloo", timeout=patience)
-    return Runtime(device, int(os.environ.get("RANK", 0)), world_size)
+        control = torch.distributed.new_group(backend="gloo", timeout=patience)
+    return Runtime(device, int(os.environ.get("RANK", 0)), world_size, control)
 
 
 def seed_everything(seed: int) -> None:
@@ -163,11 +253,18 @@ class EMA:
         self.decay = decay
 
     @torch.no_grad()
-    def update(self, network: nn.Module, update: int) -> None:
-        """Take in the weights after the update number `update`, counted from 1; buffers are copied."""
-        decay = min(self.decay, (1 + update) / (10 + update))
-        average_all = get_ema_multi_avg_fn(decay)  # in one call; one by one, 1,600 tensors keep a GPU waiting
-        average_all(list(self.network.parameters()), list(network.parameters()), None)
+    def update(self, network: nn.Module, update: int, skipped: Tensor | None = None) -> None:
+        """Take in the weights after the update number `update`, counted from 1; buffers are copied.
+
+        Args:
+            skipped: 1 for an update that was left out, which changes nothing; on the network's device, which is not waited for.
+        """
+        share = torch.full((), 1 - min(self.decay, (1 + update) / (10 + update)), device=next(network.parameters()).device)
+        if skipped is not None:
+            share = share * (1 - skipped)
+        averages, news = list(self.network.parameters()), list(network.parameters())
+        torch._foreach_mul_(averages, 1 - share)  # all at once; one by one, 1,600 tensors keep a GPU waiting
+        torch._foreach_add_(averages, torch._foreach_mul(news, share))
         for average, new in zip(self.network.buffers(), network.buffers(), strict=True):
             average.copy_(new)
 
@@ -185,7 +282,8 @@ def evaluate(
     runtime: Runtime,
     on_image: Callable[[str, imgproc.Picture, imgproc.Picture, imgproc.Picture], None] | None = None,
     progress: str = "",
-) -> Scores:
+    stop: StopRequest | None = None,
+) -> Scores | None:
     """PSNR and SSIM by the papers' protocol: on uint8, MATLAB's Y, `upscale_factor` pixels off each border, mean over images.
 
     Args:
@@ -193,10 +291,13 @@ def evaluate(
         images: `images[i]` is (name, lr, gt); each process takes every world_size-th, and all get all scores.
         on_image: called with (name, lr, sr, gt) after each image, in the process that made it.
         progress: a label for a progress bar, or none.
+        stop: where it becomes true in any process, evaluating ends before the next image, and all get None.
     """
     mine = range(runtime.rank, len(images), runtime.world_size)
     scores, seconds = {}, {}
     for index in tqdm(mine, progress, unit="image", leave=False, disable=not (progress and runtime.is_main)):
+        if stop:
+            break
         name, lr, gt = images[index]
         start = time.perf_counter()
         sr = upscaler(lr)
@@ -207,11 +308,11 @@ def evaluate(
         }
         if on_image:
             on_image(name, lr, sr, gt)
-    if runtime.world_size > 1:
-        parts: list[Any] = [None] * runtime.world_size
-        torch.distributed.all_gather_object(parts, (scores, seconds))
-        scores = {name: score for part, _ in parts for name, score in part.items()}
-        seconds = {name: value for _, part in parts for name, value in part.items()}
+    parts = runtime.gather((scores, seconds))
+    scores = {name: score for part, _ in parts for name, score in part.items()}
+    seconds = {name: value for _, part in parts for name, value in part.items()}
+    if len(scores) < len(images):
+        return None
     scores = dict(sorted(scores.items()))
     means = {metric: float(np.mean([score[metric] for score in scores.values()])) for metric in ("psnr", "ssim")}
     return {**means, "seconds": float(np.mean(list(seconds.values()))), "images": scores}
@@ -244,48 +345,7 @@ def peak_memory(device: torch.device) -> float | None:
     return used / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-# Checkpoints
-
-
-def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint whole or not at all: temporary file, fsync, rename.
-
-    Raises:
-        ValueError: a tensor in it is not finite; nothing is written then.
-    """
-    for name, tensor in _tensors(state):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: not written, as {name} is not finite; an older file of this name is untouched")
-    _write_whole(path, lambda file: torch.save(state, file))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    _write_whole(path, lambda file: file.write(text.encode()))
-
-
-def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, member in value.items():
-            yield from _tensors(member, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list | tuple):
-        for index, member in enumerate(value):
-            yield from _tensors(member, f"{name}.{index}")
+# Random generators
 
 
 def random_states() -> dict[str, Any]:
@@ -368,13 +428,21 @@ class RunLog:
         """One report: a line in the file, numbers to TensorBoard, `shown` beside the progress bar."""
         if not self.enabled:
             return
-        self._file.write(json.dumps({"update": update, **values}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"update": update, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error  # a failing write doesn't say of what
         for name, value in values.items():
             if isinstance(value, int | float) and math.isfinite(value):
                 self._board.add_scalar(name, value, update)
         if shown:
             self._bar.set_postfix_str(shown)
+
+    def put_on_disk(self) -> None:
+        """Make sure that what a checkpoint takes for logged outlives the machine."""
+        if self.enabled:
+            os.fsync(self._file.fileno())
 
     def picture(self, update: int, name: str, image: imgproc.Picture) -> None:
         if self.enabled:
@@ -396,7 +464,7 @@ def _keep_lines_until(path: Path, update: int) -> None:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if _logged_update(line) <= update]
         if kept != lines:
-            write_text(path, "".join(kept))
+            files.write_text(path, "".join(kept))
 
 
 def _logged_update(line: str) -> float:

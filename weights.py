@@ -19,6 +19,8 @@ import pickle
 import re
 import statistics
 import warnings
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,8 @@ from layouts import LAYOUTS, MEAN_SHIFT, NATIVE, OFFICIAL, RCAN_IT, RCAN_IT_MARK
 def read(path: str | os.PathLike) -> Any:
     """What a file of PyTorch's or safetensors' holds, as plain types and tensors on the CPU; no code in it is run.
 
+    The checksums that PyTorch's files have are compared, which PyTorch itself does not.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is empty, damaged, something else, or holds code.
@@ -50,6 +54,7 @@ def read(path: str | os.PathLike) -> Any:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_PLAIN_NUMBERS):
             warnings.simplefilter("ignore")  # what is wrong with a file is said below
+            _check_sums(path)
             return _read_safetensors(path) if _is_safetensors(path) else torch.load(path, map_location="cpu", weights_only=True)
     except _READING_ERRORS as error:
         raise ValueError(f"{path}: not a file of weights that can be read safely ({_reason(error, path)})") from None
@@ -60,8 +65,15 @@ _PLAIN_NUMBERS = [np.float64(0).__reduce__()[0], np.dtype, *(type(np.dtype(kind)
 
 _READING_ERRORS = (
     RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError,
-    safetensors.SafetensorError,
+    safetensors.SafetensorError, zipfile.BadZipFile, zlib.error, NotImplementedError,
 )  # fmt: skip
+
+
+def _check_sums(path: Path) -> None:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(damaged)
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -34,6 +34,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import dataset
+import files
 import imgproc
 import losses
 import model
@@ -460,7 +461,7 @@ def measure_lpips(runs: Sequence[Run], config: AblationConfig) -> None:
     for run in runs:
         pictures = config.folder / run.name / "test"
         found = {name: statistics.fmean(_distances(network, images, pictures / name)) for name, images in sets.items()}
-        utils.write_text(pictures / "lpips.json", json.dumps(found, indent=2) + "\n")
+        files.write_text(pictures / "lpips.json", json.dumps(found, indent=2) + "\n")
 
 
 @torch.inference_mode()
@@ -508,7 +509,7 @@ def measure(config: AblationConfig) -> dict[str, Any]:
     timing = {"settings": _timed_settings(config), "date": _now(), **_ask(config, "timing")}
     for variant, loss in timed_updates(config):
         timing["variants"][variant][loss] |= _ask(config, f"{variant}/{loss}")
-    utils.write_text(config.folder / "timing.json", json.dumps(timing, indent=2) + "\n")
+    files.write_text(config.folder / "timing.json", json.dumps(timing, indent=2) + "\n")
     return timing
 
 
@@ -746,7 +747,7 @@ def write_report(found: Findings) -> str:
     """Leave report.md, ablation.json, ablation.png and crops.png; where the first is, and how many runs it is of."""
     folder = found.config.folder
     folder.mkdir(parents=True, exist_ok=True)
-    utils.write_text(folder / "report.md", "\n\n".join([*describe(found), *draw(found)]) + "\n")
+    files.write_text(folder / "report.md", "\n\n".join([*describe(found), *draw(found)]) + "\n")
     plain = {
         "date": _now(),
         "provenance": utils.provenance(),
@@ -756,7 +757,7 @@ def write_report(found: Findings) -> str:
         "failures": found.failures,
         "runs": {name: asdict(outcome) for name, outcome in found.outcomes.items()},
     }
-    utils.write_text(folder / "ablation.json", json.dumps(plain, indent=2) + "\n")
+    files.write_text(folder / "ablation.json", json.dumps(plain, indent=2) + "\n")
     scored = sum(not outcome.problem for outcome in found.outcomes.values())
     return f"{(folder / 'report.md').absolute()}: of {scored} of {len(found.outcomes)} runs"
 

@@ -38,6 +38,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import dataset
+import files
 import imgproc
 import utils
 
@@ -579,7 +580,7 @@ def _memory(part: Path) -> Path:
 
 
 def _remember(part: Path, known: dict[str, Any]) -> None:
-    utils.write_text(_memory(part), json.dumps(known))
+    files.write_text(_memory(part), json.dumps(known))
 
 
 def _remembered(part: Path, url: str) -> tuple[int, dict[str, Any]]:

@@ -34,6 +34,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import dataset
+import files
 import imgproc
 import utils
 
@@ -333,7 +334,7 @@ def _write_manifest(output: Path, manifest: Mapping[str, Any]) -> None:
     path = output / MANIFEST
     if path.read_text(encoding="utf-8") != text if path.is_file() else made_from:
         with _writing(path):
-            utils.write_text(path, text)
+            files.write_text(path, text)
 
 
 # Making what is missing

@@ -14,6 +14,7 @@ import torch
 from pytest import approx
 
 import imgproc
+import utils
 import weights
 from helpers import REPOSITORY, drawn_picture, noise_picture, tiny, write_set
 from upscaling import upscale
@@ -257,7 +258,7 @@ def test_a_run_that_is_told_to_stop_saves_itself(place, tmp_path):
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == utils.STOPPED
     assert "stopped and saved; the same command goes on from here" in out
     assert weights.read(tmp_path / "results/run/last.pth.tar")["update"] > 0
 

@@ -8,15 +8,20 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-LAYERS_1_AND_2 = {"imgproc", "model", "losses", "config", "dataset", "utils", "weights", "layouts", "upscaling", "photo", "config_improved"}
+LAYERS_1_AND_2 = {
+    "files", "imgproc", "model", "losses", "config", "dataset", "utils", "weights", "layouts", "upscaling", "photo", "config_improved",
+    "checkpoints",
+}  # fmt: skip
 MAY_IMPORT = {
     "config": set(),
+    "files": set(),
     "imgproc": set(),
     "model": set(),
     "losses": set(),
     "config_improved": {"config"},
     "dataset": {"imgproc"},
-    "utils": {"imgproc"},
+    "utils": {"files", "imgproc"},
+    "checkpoints": {"files", "weights"},
     "layouts": {"model"},
     "upscaling": {"model", "utils"},
     "photo": {"imgproc"},

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 
 import pytest
@@ -137,7 +136,12 @@ def test_the_log_names_the_term_and_stays_finite(settings, monkeypatch, capsys):
     monkeypatch.setattr(train.PixelStep, "__call__", poisoned)
     config = settings(log_every=3)
     assert train.train(config, train.PixelStep)
-    assert "update 3: loss/l1 was not finite in 1 of the last updates" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "update 2 was skipped and has changed nothing, loss/l1, optimizer/gradient_norm not finite; its patches were cut from " in said
+    (skip,) = (line for line in log_lines(config) if line.get("event") == "skipped")
+    assert (skip["update"], skip["skipped"], skip["not_finite"]) == (3, 2, ["loss/l1", "optimizer/gradient_norm"])
+    assert len(skip["images"]) == 4
+    assert set(skip["images"]) <= {"a.png", "b.png", "c.png"}
     reports = [line for line in log_lines(config) if "loss/l1" in line]
     assert all(math.isfinite(line["loss/l1"]) for line in reports)
     assert [line["optimizer/skipped"] for line in reports] == approx([1 / 3, 0])
@@ -151,8 +155,8 @@ def test_too_many_skipped_updates_end_the_run_and_keep_the_last_good_file(settin
         return call(self, lr * math.nan if len(calls) > 4 else lr, gt)
 
     monkeypatch.setattr(train.PixelStep, "__call__", poisoned)
-    config = settings(epochs=6, max_skipped_updates=3)
-    with pytest.raises(ValueError, match=r"the last 3 updates were not finite and were skipped: .* learning_rate below 0.001"):
+    config = settings(epochs=6, max_skipped=3)
+    with pytest.raises(ValueError, match=r"the last 3 updates were skipped, their loss or .* learning_rate below 0\.001"):
         train.train(config, train.PixelStep)
     assert weights.read(config.experiment_dir / "last.pth.tar")["update"] == 6
 
@@ -258,21 +262,59 @@ def test_other_training_images_are_noticed(settings, tmp_path):
         train.train(settings(epochs=4), train.PixelStep)
 
 
-@pytest.mark.parametrize("harm", ["cut", "weights only"])
-def test_a_checkpoint_that_cannot_be_resumed_is_refused_and_kept(settings, harm):
+def test_a_file_of_weights_alone_is_not_resumed_and_kept(settings):
     config = settings()
     train.train(config, train.PixelStep)
     last = config.experiment_dir / "last.pth.tar"
-    if harm == "cut":
-        os.truncate(last, 1000)
-        message = r"last\.pth\.tar: not a file of weights that can be read safely"
-    else:
-        weights.export(weights.load(last), last)
-        message = "can't be resumed, lacking ema_state_dict, optimizer, .*set pretrained_model_path"
+    weights.export(weights.load(last), last)
     before = last.read_bytes()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"can't be resumed, lacking ema_state_dict, optimizer, .*set pretrained_model_path"):
         train.train(config, train.PixelStep)
     assert last.read_bytes() == before
+
+
+@pytest.mark.parametrize(("harm", "update"), [("cut", 5), ("flipped", 5), ("empty", 5), ("gone", 5), ("last two", 4)])
+def test_the_newest_whole_checkpoint_is_gone_on_from(settings, monkeypatch, capsys, harm, update):
+    whole, config = settings(exp_name="whole", save_every=1), settings(save_every=1)  # evaluated, and so perhaps best, after 2, 4 and 6
+    train.train(whole, train.PixelStep)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        train.train(config, train.PixelStep)
+    last, before = config.experiment_dir / "last.pth.tar", config.experiment_dir / "update_0000005.pth.tar"
+    spoil(last, harm)
+    if harm == "last two":
+        spoil(before, harm)
+    damaged = last.read_bytes() if last.exists() else None
+    capsys.readouterr()
+    assert train.train(config, train.PixelStep)
+    said = capsys.readouterr().out
+    assert f"an older checkpoint is taken instead\ngoing on from {config.experiment_dir}" in said
+    assert f": update {update}, epoch {update // 2}" in said
+    assert same_checkpoints(whole.experiment_dir / "last.pth.tar", last) == []
+    assert log_lines(whole) == log_lines(config)
+    kept = config.experiment_dir / "damaged_last.pth.tar"
+    assert (kept.read_bytes() if damaged is not None else None) == damaged
+
+
+def spoil(path, harm):
+    data = path.read_bytes()
+    if harm == "gone":
+        path.unlink()
+    elif harm == "flipped":
+        path.write_bytes(data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :])
+    else:
+        path.write_bytes(data[: {"empty": 0}.get(harm, 1000)])
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused_and_kept(settings):
+    config = settings()
+    train.train(config, train.PixelStep)
+    for path in config.experiment_dir.glob("*.pth.tar"):
+        spoil(path, "cut")
+    before = {path: path.read_bytes() for path in config.experiment_dir.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match=r"last\.pth\.tar: not a file .*, and no other checkpoint in .* can either; bring a copy back"):
+        train.train(config, train.PixelStep)
+    assert {path: path.read_bytes() for path in config.experiment_dir.iterdir() if path.is_file()} == before
 
 
 def test_nothing_to_resume(settings):
@@ -331,7 +373,7 @@ def test_a_warm_start_says_what_was_taken(settings, tmp_path, capsys):
 def test_every_part_that_has_a_state_is_in_the_checkpoint(settings):
     train.train(settings(), train.PixelStep)
     step = train.PixelStep(settings(), CPU, "fp32")
-    assert step.parts().keys() == {"state_dict", "optimizer", "scheduler", "scaler"}
+    assert step.parts().keys() == {"state_dict", "optimizer", "scheduler", "scaler", "guard"}
     assert weights.read(settings().experiment_dir / "last.pth.tar").keys() >= step.parts().keys()
     owned = {name for name, value in vars(step).items() if hasattr(value, "state_dict")} - {"forward", "criterion"}
     assert {id(getattr(step, name)) for name in owned} == {id(part) for part in step.parts().values()}

@@ -150,7 +150,7 @@ def test_an_update_that_is_not_finite_changes_neither_network(settings, precisio
             judge = step._judge
             patch.setattr(step, "_judge", lambda sr, gt: (judge(sr, gt)[0] * math.nan, *judge(sr, gt)[1:]))
             assert step(lr, gt)["optimizer/skipped"] == 1
-    assert moved(before, state(step)) <= {"scheduler", "discriminator_scheduler", "scaler"}
+    assert moved(before, state(step)) <= {"scheduler", "discriminator_scheduler", "scaler", "guard"}
     assert step(*batch(2))["optimizer/skipped"] == 0
     assert moved(before, state(step)) >= {"state_dict", "discriminator_state_dict", "optimizer", "discriminator_optimizer"}
 
