@@ -8,6 +8,7 @@ This is the only training loop; what one update does is a `Step`, here `PixelSte
 """
 
 import contextlib
+import inspect
 import json
 import math
 import sys
@@ -209,7 +210,9 @@ def parallel(network: nn.Module, runtime: Runtime) -> Callable[..., Tensor]:
     if runtime.world_size == 1:
         return network
     device_ids = [runtime.device] if runtime.device.type == "cuda" else None
-    return DistributedDataParallel(network, device_ids=device_ids, broadcast_buffers=False)
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # as PyTorch before 2.15 calls it
+    return DistributedDataParallel(network, device_ids=device_ids, **{sync: False})  # buffers are constants
 
 
 def build_optimizer(network: nn.Module, config: Config, learning_rate: float) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:

@@ -2,18 +2,24 @@
 
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from pytest import approx
 
+import checkpoints
+import dataset
 import train
 import utils
 import weights
 from config import Config
-from helpers import tiny, write_set
-from runs import in_processes, log_lines, same_checkpoints, small_runs, stop_after, tensors
+from helpers import REPOSITORY, tiny, write_set
+from runs import log_lines, same_checkpoints, small_runs, stop_after, tensors
 from upscaling import upscale
 
 CPU = utils.Runtime(torch.device("cpu"))
@@ -126,39 +132,234 @@ def test_an_update_that_is_not_finite_changes_nothing(settings, precision):
     assert not torch.equal(step.generator.conv1.weight, before["/0/conv1.weight"])
 
 
-def test_the_log_names_the_term_and_stays_finite(settings, monkeypatch, capsys):
+def poison(monkeypatch, *updates, factor=math.nan):
+    """Spoil what these updates of a sitting see, counted from 1."""
     call, calls = train.PixelStep.__call__, []
 
     def poisoned(self, lr, gt):
         calls.append(1)
-        return call(self, lr * math.nan if len(calls) == 2 else lr, gt)
+        return call(self, lr * factor if len(calls) in updates else lr, gt)
 
     monkeypatch.setattr(train.PixelStep, "__call__", poisoned)
+
+
+def test_a_skipped_update_leaves_the_whole_run_as_it_was(settings, monkeypatch):
+    """Weights, Adam's moments and steps, averaged weights: bit for bit those of the update before."""
+    poison(monkeypatch, 3, 4)
+    config = settings(steps_per_epoch=1, epochs=4, save_every=1, keep_last=9, ema_decay=0.9, log_every=4)
+    assert train.train(config, train.PixelStep)
+    before, after = config.experiment_dir / "update_0000002.pth.tar", config.experiment_dir / "last.pth.tar"
+    assert weights.read(after)["update"] == 4
+    found = same_checkpoints(before, after, "/meter", "/epoch", "/update", "/evaluated", "/scheduler", "/best", "/guard/in_a_row")
+    assert found == []
+    (report,) = (line for line in log_lines(config) if "loss/l1" in line)
+    first, second = weights.read(before)["meter"]["values"][:, 0].tolist()  # what the two good updates had
+    assert report["loss/l1"] == approx((first + second) / 2, rel=1e-12)
+
+
+def test_a_report_of_skipped_updates_alone_has_no_means(settings, monkeypatch):
+    poison(monkeypatch, 1, 2)
+    config = settings(log_every=2)
+    assert train.train(config, train.PixelStep)
+    reports = [line for line in log_lines(config) if "loss/l1" in line]
+    assert [line["loss/l1"] is None for line in reports] == [True, False, False]
+    assert [line["optimizer/skipped"] for line in reports] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("stop", [2, 3])
+def test_what_was_skipped_before_a_stop_is_reported_after_it(settings, monkeypatch, stop):
+    logs = []
+    for name in ("whole", "parted"):
+        config = settings(exp_name=name, log_every=5, eval_every=6)
+        with monkeypatch.context() as patch:
+            poison(patch, 2)
+            if name == "parted":
+                stop_after(patch, stop)
+                assert not train.train(config, train.PixelStep)
+            else:
+                assert train.train(config, train.PixelStep)
+        if name == "parted":
+            assert train.train(config, train.PixelStep)
+        logs.append(log_lines(config))
+    assert logs[0] == logs[1]
+    assert any(line.get("skipped") == 2 and line["not_finite"] for line in logs[0])
+
+
+def test_skipped_updates_in_a_row_are_counted_across_a_stop(settings, monkeypatch):
+    config = settings(max_skipped=4, log_every=2, save_every=1)
+    with monkeypatch.context() as patch:
+        poison(patch, 1, 2, 3)
+        stop_after(patch, 3)
+        assert not train.train(config, train.PixelStep)
+    with monkeypatch.context() as patch:
+        poison(patch, 1)
+        with pytest.raises(ValueError, match="the last 4 updates were skipped"):
+            train.train(config, train.PixelStep)
+
+
+def test_a_spike_is_skipped_by_choice(settings, monkeypatch, capsys):
+    """The 26th update's loss is some hundred times the running one."""
+    poison(monkeypatch, 26, factor=1000)
+    changes = {"epochs": 15, "eval_every": 30, "save_every": 1, "keep_last": 40, "log_every": 10}
+    chosen, plain = settings(exp_name="chosen", skip_threshold=10.0, **changes), settings(exp_name="plain", **changes)
+    assert train.train(chosen, train.PixelStep)
+    said = capsys.readouterr().out
+    assert "update 26 was skipped and has changed nothing, its loss far above the running one; its patches were cut from " in said
+    assert said.count("was skipped") == 1
+    before, after = (weights.read(chosen.experiment_dir / f"update_00000{update}.pth.tar") for update in (25, 26))
+    assert all(torch.equal(before["state_dict"][name], after["state_dict"][name]) for name in before["state_dict"])
+    assert after["guard"]["accepted"] == 25
+    monkeypatch.undo()
+    poison(monkeypatch, 26, factor=1000)
+    assert train.train(plain, train.PixelStep)
+    assert "was skipped" not in capsys.readouterr().out
+
+
+def test_the_running_loss_by_hand():
+    guard = train.UpdateGuard(threshold=3.0, world_size=1)
+    fine = [torch.tensor(1.0)]
+    for value in range(1, 21):
+        assert guard(torch.tensor(float(value)), fine) == 0  # before 20 are known, nothing is a spike
+    assert guard.running_loss.item() == approx(10.5)  # their mean
+    assert guard(torch.tensor(31.6), fine) == 1
+    assert guard.running_loss.item() == approx(10.5)
+    assert guard(torch.tensor(31.4), fine) == 0
+    assert guard.running_loss.item() == approx((20 * 10.5 + 31.4) / 21)
+    assert guard(torch.tensor(math.nan), fine) == 1
+    assert guard(torch.tensor(1.0), [torch.tensor(math.inf)]) == 1
+    assert guard.in_a_row == 2
+    for _ in range(300):
+        guard(torch.tensor(5.0), fine)
+    assert (guard.in_a_row, guard.accepted) == (0, guard.LONG)
+    expected = guard.running_loss.item() * 100 / 101 + 7 / 101
+    guard(torch.tensor(7.0), fine)
+    assert guard.running_loss.item() == approx(expected)
+
+
+def test_the_log_names_the_term_and_the_images_and_stays_finite(settings, monkeypatch, capsys):
+    poison(monkeypatch, 2)
     config = settings(log_every=3)
     assert train.train(config, train.PixelStep)
     said = capsys.readouterr().out
     assert "update 2 was skipped and has changed nothing, loss/l1, optimizer/gradient_norm not finite; its patches were cut from " in said
     (skip,) = (line for line in log_lines(config) if line.get("event") == "skipped")
     assert (skip["update"], skip["skipped"], skip["not_finite"]) == (3, 2, ["loss/l1", "optimizer/gradient_norm"])
-    assert len(skip["images"]) == 4
-    assert set(skip["images"]) <= {"a.png", "b.png", "c.png"}
+    seen = dataset.TrainBatches(store_of(config), 4, 10, config.seed).names(1)
+    assert skip["images"] == seen
+    assert set(seen) <= {"a.png", "b.png", "c.png"}
     reports = [line for line in log_lines(config) if "loss/l1" in line]
     assert all(math.isfinite(line["loss/l1"]) for line in reports)
     assert [line["optimizer/skipped"] for line in reports] == approx([1 / 3, 0])
 
 
+def store_of(config):
+    sets = {"Train": dataset.find_pairs(f"{config.data_root}/Train", 2)}
+    return dataset.PairStore.open_or_build(sets, 2, "BI", config.cache_dir)
+
+
 def test_too_many_skipped_updates_end_the_run_and_keep_the_last_good_file(settings, monkeypatch):
-    call, calls = train.PixelStep.__call__, []
-
-    def poisoned(self, lr, gt):
-        calls.append(1)
-        return call(self, lr * math.nan if len(calls) > 4 else lr, gt)
-
-    monkeypatch.setattr(train.PixelStep, "__call__", poisoned)
+    poison(monkeypatch, *range(5, 99))
     config = settings(epochs=6, max_skipped=3)
     with pytest.raises(ValueError, match=r"the last 3 updates were skipped, their loss or .* learning_rate below 0\.001"):
         train.train(config, train.PixelStep)
     assert weights.read(config.experiment_dir / "last.pth.tar")["update"] == 6
+
+
+# Less memory, the same update
+
+
+@pytest.mark.parametrize("changes", [{"accumulation_steps": 2}, {"accumulation_steps": 4}, {"activation_checkpointing": True}])
+def test_what_saves_memory_gives_the_plain_run(settings, changes):
+    plain, other = settings(exp_name="plain", epochs=10, learning_rate=1e-4), settings(epochs=10, learning_rate=1e-4, **changes)
+    for config in (plain, other):
+        assert train.train(config, train.PixelStep)
+    first, second = (weights.read(config.experiment_dir / "last.pth.tar") for config in (plain, other))
+    exact = "activation_checkpointing" in changes
+    for part in ("state_dict", "ema_state_dict"):
+        for name, tensor in first[part].items():
+            assert second[part][name].numpy() == approx(tensor.numpy(), abs=0 if exact else 1e-6), name
+    losses = [[line["loss/l1"] for line in log_lines(config) if "loss/l1" in line] for config in (plain, other)]
+    assert losses[1] == approx(losses[0], rel=1e-6)
+
+
+def test_activation_checkpointing_keeps_less(settings):
+    """What the groups compute is not kept for backward, but computed again."""
+    def kept(**changes):
+        step, sizes = train.PixelStep(settings(num_rcab=6, **changes), CPU, "fp32"), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor):
+            step.upscale(batch()[0])
+        return sum(sizes)
+
+    assert kept(activation_checkpointing=True) < 0.2 * kept()
+
+
+def test_parts_cut_the_largest_batch(settings):
+    step, seen = train.PixelStep(settings(accumulation_steps=2), CPU, "fp32"), []
+    step.generator.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
+    step(*batch())
+    assert seen == [1, 1]
+
+
+# Stopping and saving
+
+
+def test_it_saves_by_time_too(settings, monkeypatch):
+    clock = iter(range(0, 10**6, 25))  # each look at the clock is 25 seconds after the one before
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
+    config = settings(save_every=10**6, save_every_minutes=1.0, epochs=6, keep_last=99, eval_every=10**6)
+    assert train.train(config, train.PixelStep)
+    saved = [weights.read(path)["update"] for path in checkpoints.present(config.experiment_dir)]
+    assert saved[0] == 12
+    assert len(saved) > 3
+    plain = settings(exp_name="plain", save_every_minutes=0.0, save_every=10**6, epochs=6, eval_every=10**6)
+    assert train.train(plain, train.PixelStep)
+    assert checkpoints.present(plain.experiment_dir) == [plain.experiment_dir / name for name in ("last.pth.tar", "best.pth.tar")]
+    changed = ("/config/save_every_minutes", "/config/keep_last")
+    assert same_checkpoints(config.experiment_dir / "last.pth.tar", plain.experiment_dir / "last.pth.tar", *changed) == []
+
+
+def test_a_stop_during_an_evaluation_leaves_it_due(settings, monkeypatch):
+    """It isn't waited for, and the run that goes on is the one that was never stopped."""
+    whole, parted = settings(exp_name="whole"), settings(exp_name="parted")
+    assert train.train(whole, train.PixelStep)
+    with monkeypatch.context() as patch:
+        enlarge, calls = train.upscale, []
+
+        def counted(*arguments):
+            calls.append(1)
+            if len(calls) == 3:  # the first picture of the second evaluation
+                os.kill(os.getpid(), signal.SIGTERM)
+            return enlarge(*arguments)
+
+        patch.setattr(train, "upscale", counted)
+        assert not train.train(parted, train.PixelStep)
+        assert len(calls) == 3
+    stopped = weights.read(parted.experiment_dir / "last.pth.tar")
+    assert (stopped["update"], stopped["evaluated"]) == (4, 2)
+    assert train.train(parted, train.PixelStep)
+    for name in ("last.pth.tar", "best.pth.tar"):
+        assert same_checkpoints(whole.experiment_dir / name, parted.experiment_dir / name) == []
+    assert log_lines(whole) == log_lines(parted)
+
+
+def test_a_second_training_of_one_run_is_refused(settings, monkeypatch):
+    config, call = settings(), train.PixelStep.__call__
+    code = (
+        "import train, utils; from config import Config\n"
+        f"utils.run(lambda: train.train({config!r}, train.PixelStep))"
+    )
+    ended = []
+
+    def while_another_starts(self, lr, gt):
+        if not ended:
+            ended.append(subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True))
+        return call(self, lr, gt)
+
+    monkeypatch.setattr(train.PixelStep, "__call__", while_another_starts)
+    assert train.train(config, train.PixelStep)
+    assert ended[0].returncode == 1
+    assert f"error: {config.experiment_dir}: another training is using it (process {os.getpid()} on " in ended[0].stderr
+    assert not (config.experiment_dir / ".lock").exists()
 
 
 def test_gradients_are_clipped(settings):
@@ -377,23 +578,3 @@ def test_every_part_that_has_a_state_is_in_the_checkpoint(settings):
     assert weights.read(settings().experiment_dir / "last.pth.tar").keys() >= step.parts().keys()
     owned = {name for name, value in vars(step).items() if hasattr(value, "state_dict")} - {"forward", "criterion"}
     assert {id(getattr(step, name)) for name in owned} == {id(part) for part in step.parts().values()}
-
-
-# Several processes
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(settings):
-    one = settings(exp_name="one", epochs=2, valid_sets=("Valid", "Train"))
-    assert train.train(one, train.PixelStep)
-    two = settings(exp_name="two", epochs=2, valid_sets=("Valid", "Train"))
-    code = "import sys, train, utils; from config import Config; utils.run(lambda: train.train(eval(sys.argv[1]), train.PixelStep))"
-    in_processes(code, repr(two))
-    first, second = (weights.read(config.experiment_dir / "last.pth.tar") for config in (one, two))
-    for name, tensor in first["state_dict"].items():
-        assert second["state_dict"][name].numpy() == approx(tensor.numpy(), abs=1e-6), name
-    scores = [[line for line in log_lines(config) if line.get("event") == "evaluation"] for config in (one, two)]
-    assert len(scores[0]) == len(scores[1]) == 2
-    for alone, together in zip(*scores, strict=True):
-        for name in ("Valid/psnr", "Valid/ssim", "Train/psnr", "Train/ssim"):
-            assert alone[name] == approx(together[name], abs=1e-3)

@@ -180,6 +180,31 @@ def test_every_patch_runs_an_update_or_is_refused_before_data_is_read(settings, 
     assert all(torch.isfinite(value) for value in step(*batch(0, gt_size // scale, scale)).values())
 
 
+@pytest.mark.parametrize("changes", [{"accumulation_steps": 2}, {"accumulation_steps": 4}, {"activation_checkpointing": True}])
+def test_what_saves_memory_gives_the_plain_run(settings, changes):
+    """In parts too, the discriminator sees and normalises over the whole batch."""
+    rates = {"learning_rate": 1e-4, "discriminator_learning_rate": 1e-4}
+    plain, other = settings(exp_name="plain", **rates), settings(**rates, **changes)
+    for config in (plain, other):
+        assert train.train(config, AdversarialStep)
+    first, second = (weights.read(config.experiment_dir / "last.pth.tar") for config in (plain, other))
+    exact = "activation_checkpointing" in changes
+    for part in ("state_dict", "ema_state_dict", "discriminator_state_dict"):
+        for name, tensor in first[part].items():
+            if name != "classifier.3.bias":  # which a relativistic loss doesn't see: its gradient is nothing but rounding
+                assert second[part][name].numpy() == approx(tensor.numpy(), abs=0 if exact else 1e-6), name
+    for alone, parted in zip(log_lines(plain), log_lines(other), strict=True):
+        losses = {name: value for name, value in alone.items() if name.startswith("loss/")}
+        assert {name: parted[name] for name in losses} == approx(losses, rel=1e-4)
+
+
+def test_parts_cut_the_generators_largest_batch(settings):
+    step, seen = AdversarialStep(settings(accumulation_steps=2), CPU, "fp32"), []
+    step.generator.register_forward_pre_hook(lambda _, arguments: seen.append((len(arguments[0]), torch.is_grad_enabled())))
+    step(*batch())
+    assert seen == [(1, False), (1, False), (1, True), (1, True)]
+
+
 # Equality with L1
 
 

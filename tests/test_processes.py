@@ -1,0 +1,271 @@
+"""Many processes and machines: torchrun trains as one process does, and goes on when one of its processes dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from pytest import approx
+
+import utils
+import weights
+from config import Config
+from config_improved import ImprovedConfig
+from helpers import REPOSITORY
+from runs import free_port, in_processes, log_lines, same_checkpoints, small_runs
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def settings(place):
+    make = small_runs(Config, place)
+    return lambda **changes: make(
+        **{"batch_size": 8, "learning_rate": 1e-4, "epochs": 2, "steps_per_epoch": 10, "eval_every": 10, "save_every": 20, **changes}
+    )
+
+
+def options(config):
+    """Settings as a command line."""
+    given = {name: getattr(config, name) for name in config.__dataclass_fields__ if getattr(config, name) != getattr(type(config), name)}
+    arguments = []
+    for name, value in given.items():
+        arguments += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+    return arguments
+
+
+class Torchrun:
+    """One torchrun agent with its processes, which are found again by a variable in their environment."""
+
+    def __init__(self, config, *arguments, script="train.py"):
+        self.mark = f"RCAN_TEST={uuid.uuid4()}"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RCAN_TEST": self.mark.split("=")[1]}
+        command = [sys.executable, "-m", "torch.distributed.run", *arguments, str(REPOSITORY / script), *options(config)]
+        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def ranks(self):
+        """Process ids by rank."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+            except OSError:
+                continue
+            ranks = [line[5:] for line in environment if line.startswith("RANK=")]
+            if self.mark in environment and ranks:
+                found[int(ranks[0])] = int(folder.name)
+        return found
+
+    def finish(self, timeout=120):
+        """Exit code and what was said."""
+        try:
+            said, _ = self.process.communicate(timeout=timeout)
+        finally:
+            self.process.kill()
+            for pid in self.ranks().values():
+                os.kill(pid, signal.SIGKILL)
+        return self.process.returncode, said
+
+
+def torchrun(config, count, **options):
+    code, said = Torchrun(config, "--standalone", "--nproc_per_node", str(count), **options).finish()
+    assert code == 0, said
+    return said
+
+
+def wait_for_update(config, update, seconds=90):
+    log = config.experiment_dir / "log.jsonl"
+    for _ in range(10 * seconds):
+        if log.is_file() and len(log.read_text().splitlines()) > update:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"no update {update} after {seconds} s")
+
+
+def scores(config):
+    return [line for line in log_lines(config) if line.get("event") == "evaluation"]
+
+
+def assert_near(one, other, reports=True):
+    """The same training but for rounding, which the processes' sums have in another order."""
+    first, second = (weights.read(config.experiment_dir / "last.pth.tar") for config in (one, other))
+    for part in ("state_dict", "ema_state_dict"):
+        for name, tensor in first[part].items():
+            assert second[part][name].numpy() == approx(tensor.numpy(), abs=1e-6), name
+    assert len(scores(one)) == len(scores(other)) > 0
+    for alone, together in zip(scores(one), scores(other), strict=True):
+        assert together == approx(alone, abs=2e-3)  # a rounded pixel may differ
+    if reports:
+        losses = [[line["loss/l1"] for line in log_lines(config) if "loss/l1" in line] for config in (one, other)]
+        assert losses[1] == approx(losses[0], abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def alone(settings):
+    import train
+
+    config = settings(exp_name="alone", valid_sets=("Valid", "Train"))
+    assert train.train(config, train.PixelStep)
+    return config
+
+
+@pytest.fixture(scope="module")
+def two(settings):
+    config = settings(exp_name="two", valid_sets=("Valid", "Train"))
+    torchrun(config, 2)
+    return config
+
+
+def test_one_with_eight_patches_is_two_with_four_is_four_with_two(settings, alone, two):
+    four = settings(exp_name="four", valid_sets=("Valid", "Train"))
+    torchrun(four, 4)
+    assert_near(alone, two)
+    assert_near(alone, four)
+
+
+def test_checkpoints_carry_over_between_numbers_of_processes(settings, alone):
+    import train
+
+    grown, shrunk = (settings(exp_name=name, epochs=1, valid_sets=("Valid", "Train")) for name in ("grown", "shrunk"))
+    assert train.train(grown, train.PixelStep)
+    said = torchrun(settings(exp_name="grown", valid_sets=("Valid", "Train")), 2)
+    assert "update 10, epoch 1" in said
+    torchrun(shrunk, 2)
+    assert train.train(settings(exp_name="shrunk", valid_sets=("Valid", "Train")), train.PixelStep)
+    assert_near(alone, grown)
+    assert_near(alone, shrunk)
+
+
+def test_accumulation_on_two_processes_is_the_plain_run(settings, alone):
+    parts = settings(exp_name="parts", accumulation_steps=2, activation_checkpointing=True, valid_sets=("Valid", "Train"))
+    torchrun(parts, 2)
+    assert_near(alone, parts)
+
+
+def test_two_machines_are_two_processes(settings, two):
+    config = settings(exp_name="machines", valid_sets=("Valid", "Train"))
+    rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_id", "two", "--local_addr", "127.0.0.1"]
+    agents = [Torchrun(config, "--nnodes", "2", "--nproc_per_node", "1", *rendezvous) for _ in range(2)]
+    ended = [agent.finish() for agent in agents]
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert same_checkpoints(two.experiment_dir / "last.pth.tar", config.experiment_dir / "last.pth.tar", "/provenance/command") == []
+    assert log_lines(two) == log_lines(config)
+
+
+LONG = {"epochs": 8, "eval_every": 100, "save_every": 30, "steps_per_epoch": 20}  # 160 updates
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_ends_the_others(settings, rank):
+    config = settings(exp_name=f"dies{rank}", **{**LONG, "epochs": 10000})
+    agent = Torchrun(config, "--standalone", "--nproc_per_node", "2")
+    wait_for_update(config, 40)
+    assert agent.ranks().keys() == {0, 1}
+    os.kill(agent.ranks()[rank], signal.SIGKILL)
+    code, said = agent.finish(timeout=60)
+    assert code == 1, said
+    assert not agent.ranks()
+    assert weights.read(config.experiment_dir / "last.pth.tar")["update"] >= 30
+
+
+@pytest.fixture(scope="module")
+def whole(settings):
+    config = settings(exp_name="whole", **LONG)
+    torchrun(config, 2)
+    return config
+
+
+def run_and_kill(config, rank, update, **options):
+    """Kill one of two processes after an update; what the run said until its end."""
+    agent = Torchrun(config, "--standalone", "--nproc_per_node", "2", "--max-restarts", "2", **options)
+    wait_for_update(config, update)
+    os.kill(agent.ranks()[rank], signal.SIGKILL)
+    code, said = agent.finish()
+    assert code == 0, said
+    return said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_starts_again_from_the_last_checkpoint(settings, whole, rank):
+    """… to the very run that two processes make that nobody kills."""
+    config = settings(exp_name=f"killed{rank}", **LONG)
+    said = run_and_kill(config, rank, 70)
+    assert f"going on from {config.experiment_dir / 'last.pth.tar'}: update " in said
+    assert same_checkpoints(whole.experiment_dir / "last.pth.tar", config.experiment_dir / "last.pth.tar", "/provenance/command") == []
+    assert log_lines(whole) == log_lines(config)
+    assert [line["update"] for line in log_lines(config) if "loss/l1" in line] == list(range(1, 161))
+
+
+def test_a_composite_run_starts_again_with_equal_weights(place):
+    make = small_runs(ImprovedConfig, place)
+    changes = {
+        "model_arch_name": "rcan_cbam_x2", "use_composite_loss": True, "vgg19_weights_path": "random", "perceptual_layers": ("conv1_2",),
+        "discriminator_channels": 4, "lr_patch_size": 16, "best_metric": "newest", "epochs": 20, "eval_every": 20, "save_every": 9,
+    }  # fmt: skip
+    whole, config = make(exp_name="composite", **changes), make(exp_name="composite_killed", **changes)
+    torchrun(whole, 2, script="train_improved.py")
+    run_and_kill(config, 1, 14, script="train_improved.py")
+    assert same_checkpoints(whole.experiment_dir / "last.pth.tar", config.experiment_dir / "last.pth.tar", "/provenance/command") == []
+    assert log_lines(whole) == log_lines(config)
+
+
+def test_torchrun_that_is_told_to_stop_saves_the_run(settings):
+    config = settings(exp_name="told", **{**LONG, "epochs": 10000, "save_every": 10**6, "eval_every": 10**6})
+    agent = Torchrun(config, "--standalone", "--nproc_per_node", "2")
+    wait_for_update(config, 5)
+    agent.process.send_signal(signal.SIGTERM)
+    _, said = agent.finish(timeout=30)
+    assert "stopped and saved; the same command goes on from here" in said
+    assert weights.read(config.experiment_dir / "last.pth.tar")["update"] >= 5
+    assert not agent.ranks()
+
+
+TRAIN = "import sys, train, utils; from config import Config; utils.run(lambda: train.train(eval(sys.argv[1]), train.PixelStep))"
+
+
+def test_processes_that_would_train_differently_refuse(settings):
+    config = settings(exp_name="differ")
+    code = TRAIN.replace("eval(sys.argv[1])", "eval(sys.argv[1].replace('seed=0', f'seed={__import__(\"os\").environ[\"RANK\"]}'))")
+    with pytest.raises(AssertionError, match=r"are about to train differently \(seed is 1 and 0\): give all machines the same settings"):
+        in_processes(code, repr(config))
+    assert not config.experiment_dir.exists()
+
+
+def test_evaluation_is_spread_and_gives_the_same_table(place):
+    code = """
+import sys, torch, utils, imgproc
+from helpers import drawn_picture
+runtime = utils.start_runtime()
+gts = [drawn_picture(40, 44, seed) for seed in range(5)]
+images = [(name, imgproc.degrade(gt, 2), gt) for name, gt in zip("cabed", gts)]
+seen = []
+scores = utils.evaluate(lambda lr: imgproc.imresize(lr, 2), images, 2, runtime, lambda name, *_: seen.append(name))
+print({name: scores[name] for name in ("psnr", "ssim", "images")}, "|", "".join(seen))
+"""
+    code = f"import sys; sys.path.append({str(REPOSITORY / 'tests')!r})\n{code}"
+    (single,), pair = in_processes(code, count=1), in_processes(code, count=2)
+    assert {line.split("|")[0] for line in (single, *pair)} == {single.split("|")[0]}
+    assert [line.split("|")[1].strip() for line in (single, *pair)] == ["cabed", "cbd", "ae"]
+
+
+def test_questions_are_answered_an_update_later_and_alike(place):
+    code = """
+import utils
+runtime = utils.start_runtime()
+poll = utils.Poll(runtime)
+heard = [poll(update == 1 and runtime.rank == 1, update == 2) for update in range(4)]
+print(heard, poll.finish(), poll.finish())
+"""
+    expected = "[[False, False], [False, False], [True, False], [False, True]] [False, False] []"
+    assert [said.strip() for said in in_processes(code)] == [expected] * 2
+    poll = utils.Poll(utils.Runtime(device=None))
+    assert (poll(True, False), poll(False, True), poll.finish()) == ([True, False], [False, True], [])
