@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -240,27 +241,124 @@ def test_improved_training_from_plain_weights_to_a_score(place):
     assert metrics["Valid"]["psnr"] == approx(weights.read(place / f"{folder}_perceptual/best.pth.tar")["best_psnr"], abs=1e-6)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_a_run_that_is_told_to_stop_saves_itself(place, tmp_path):
-    arguments = train_arguments(3, "--epochs", "10000", "--data_root", place / "data", "--cache_dir", place / ".cache")
-    process = subprocess.Popen(  # a group of its own, all of which is told, as torchrun and timeout do
-        [sys.executable, str(REPOSITORY / "train.py"), *map(str, arguments)],
-        cwd=tmp_path,
+ENDLESS = ("--epochs", "10000", "--num_workers", "2")
+
+
+def started(command, folder, **environment):
+    """A program in a process group of its own."""
+    return subprocess.Popen(
+        [str(part) for part in command],
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env={**os.environ, **environment},
     )
-    log = tmp_path / "results/run/log.jsonl"
-    for _ in range(600):
-        if log.is_file() and len(log.read_text().splitlines()) > 2:
-            break
+
+
+def wait_for_log(log, lines=3):
+    for _ in range(900):
+        if log.is_file() and len(log.read_text().splitlines()) >= lines:
+            return
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == utils.STOPPED
+    raise AssertionError(f"{log}: no {lines} lines after 90 s")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize(("name", "everybody"), [("SIGTERM", True), ("SIGINT", True), ("SIGUSR1", False)])
+def test_a_run_that_is_told_to_stop_saves_itself(place, tmp_path, name, everybody):
+    """The whole group is told, workers too, as by a terminal, torchrun and timeout; or the training alone."""
+    arguments = train_arguments(3, *ENDLESS, "--data_root", place / "data", "--cache_dir", place / ".cache")
+    process = started([sys.executable, REPOSITORY / "train.py", *arguments], tmp_path)
+    wait_for_log(tmp_path / "results/run/log.jsonl")
+    (os.killpg if everybody else os.kill)(process.pid, getattr(signal, name))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == utils.STOPPED == 75
     assert "stopped and saved; the same command goes on from here" in out
+    assert "Traceback" not in err
     assert weights.read(tmp_path / "results/run/last.pth.tar")["update"] > 0
+    assert not (tmp_path / "results/run/.lock").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_second_signal_leaves_at_once(tmp_path):
+    code = "import time, utils\ndef main():\n    with utils.StopRequest():\n        print('ready', flush=True)\n        time.sleep(100)\n"
+    process = started([sys.executable, "-c", f"{code}utils.run(main)"], tmp_path, PYTHONPATH=str(REPOSITORY))
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    time.sleep(utils.StopRequest.SAME + 0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20)[1] == "stopped\n"
+    assert process.returncode == 130
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGINT", 130)])
+def test_a_script_that_is_ended_tidies_up(tmp_path, name, code):
+    program = (
+        "import time, utils, signal, pathlib\nsignal.signal(signal.SIGINT, signal.default_int_handler)\ndef main():\n    try:\n"
+        "        print('ready', flush=True)\n        time.sleep(100)\n    finally:\n        pathlib.Path('tidied').touch()\nutils.run(main)"
+    )
+    process = started([sys.executable, "-c", program], tmp_path, PYTHONPATH=str(REPOSITORY))
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(getattr(signal, name))
+    process.communicate(timeout=20)
+    assert process.returncode == code
+    assert (tmp_path / "tidied").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_data_worker_that_is_killed_ends_the_run_with_a_sentence(place, tmp_path):
+    arguments = train_arguments(3, *ENDLESS, "--data_root", place / "data", "--cache_dir", place / ".cache")
+    process = started([sys.executable, REPOSITORY / "train.py", *arguments, "--save_every", "5"], tmp_path)
+    wait_for_log(tmp_path / "results/run/log.jsonl", 12)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        process.communicate()
+        pytest.skip("doesn't know a process's children")
+    os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: a process that cuts batches has ended, or was ended, as for lack of memory: lower num_workers;" in err
+    assert "Traceback" not in err
+    assert weights.read(tmp_path / "results/run/last.pth.tar")["update"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_the_slurm_script_saves_and_queues_up_again(place, tmp_path):
+    """With stand-ins for SLURM's programs: srun runs what it is given, scontrol writes down what it is asked for."""
+    for name, text in {
+        "srun": 'exec "$@"',
+        "scontrol": 'echo "$@" >> asked.txt; [ "$1" = show ] && echo 127.0.0.1; true',
+    }.items():
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    for script in ("bin/activate", "bin/torchrun"):
+        if not (Path(sys.prefix) / script).exists():
+            pytest.skip("no virtual environment")
+    arguments = train_arguments(3, *ENDLESS, "--data_root", place / "data", "--cache_dir", place / ".cache")
+    environment = {
+        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", "VENV": sys.prefix, "SLURM_JOB_NODELIST": "a",
+        "SLURM_JOB_ID": "4321", "SLURM_JOB_NUM_NODES": "1", "SLURM_SUBMIT_DIR": str(tmp_path), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    process = started(["bash", REPOSITORY / "scripts/slurm.sh", REPOSITORY / "train.py", *arguments], tmp_path, **environment)
+    wait_for_log(tmp_path / "results/run/log.jsonl")
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 0, err
+    assert "stopped and saved; the same command goes on from here" in out
+    assert (tmp_path / "asked.txt").read_text().splitlines() == ["show hostnames a", "requeue 4321"]
+    assert weights.read(tmp_path / "results/run/last.pth.tar")["update"] > 0
+    refused = started(["bash", REPOSITORY / "scripts/slurm.sh", REPOSITORY / "train.py", "--mode", "test"], tmp_path, **environment)
+    assert refused.communicate(timeout=90)
+    assert refused.returncode == 1  # and a mistake does not queue up again
+    assert "requeue" not in (tmp_path / "asked.txt").read_text().splitlines()[2:]
 
 
 # Mistakes
