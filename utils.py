@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 import files
@@ -200,7 +202,7 @@ class Poll:
 
 def start_runtime() -> Runtime:
     """The device and process group of this process: torchrun's environment decides, else the first GPU, else the CPU."""
-    local_rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, rank, world_size = (int(os.environ.get(name, alone)) for name, alone in (("LOCAL_RANK", 0), ("RANK", 0), ("WORLD_SIZE", 1)))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -212,10 +214,38 @@ def start_runtime() -> Runtime:
     if world_size > 1:
         if not torch.distributed.is_initialized():
             fast = device.type == "cuda" and torch.distributed.is_nccl_available()
-            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if fast else "gloo", timeout=timedelta(minutes=10))
+            place = {"store": _fresh_store(rank, world_size), "rank": rank, "world_size": world_size}
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if fast else "gloo", timeout=_TIMEOUT, **place)
         patience = timedelta(hours=2)  # others wait while the main process decodes the training images
         control = torch.distributed.new_group(backend="gloo", timeout=patience)
-    return Runtime(device, int(os.environ.get("RANK", 0)), world_size, control)
+    return Runtime(device, rank, world_size, control)
+
+
+_TIMEOUT = timedelta(minutes=10)  # for what goes between processes at every update
+
+
+def _fresh_store(rank: int, world_size: int) -> torch.distributed.Store:
+    """Where the processes find each other, without what an earlier start has left.
+
+    torchrun's own store lives on when it starts all processes again; the address of one that is gone would then, by chance, be
+    taken for that of its successor. So the first process gives this start a name, and the others make sure that it has heard them.
+    """
+    store, _, _ = next(iter(rendezvous("env://", timeout=_TIMEOUT)))
+    own, late = uuid.uuid4().hex, time.monotonic() + _TIMEOUT.total_seconds()
+    if rank == 0:
+        store.set("start", own)
+        for other in range(1, world_size):
+            store.set(f"{own}/heard/{store.get(f'{own}/here/{other}').decode()}", "")
+        return torch.distributed.PrefixStore(own, store)
+    while True:
+        start = store.get("start").decode()
+        store.set(f"{start}/here/{rank}", own)
+        try:
+            store.wait([f"{start}/heard/{own}"], timedelta(seconds=2))
+            return torch.distributed.PrefixStore(start, store)
+        except torch.distributed.DistStoreError:  # the name of an earlier start, or the first process is slow
+            if time.monotonic() > late:
+                raise
 
 
 def seed_everything(seed: int) -> None:

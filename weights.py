@@ -31,6 +31,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+import files
 import model
 from layouts import LAYOUTS, MEAN_SHIFT, NATIVE, OFFICIAL, RCAN_IT, RCAN_IT_MARKS, Layout, Size, State, pattern
 
@@ -409,11 +410,12 @@ def export(network: model.RCAN, path: str | os.PathLike, layout: str = "native")
         raise ValueError(f"{path}: unknown ending; files in the {layout} layout end in {', '.join(endings)}")
     state = _to_layout(network, LAYOUTS[layout])
     recorded = {"arguments": network.arguments, "degradation": getattr(network, "degradation", None)}
-    with _whole_file(path) as part:
-        if path.suffix == ".safetensors":
-            safetensors.torch.save_file(state, part, {"format": "pt", _METADATA: json.dumps(recorded)})
-        else:
-            torch.save({"native": {"state_dict": state, **recorded}, "basicsr": {"params": state}}.get(layout, state), part)
+    if path.suffix == ".safetensors":
+        files.write_whole(path, safetensors.torch.save(state, {"format": "pt", _METADATA: json.dumps(recorded)}))
+    else:
+        buffer = io.BytesIO()
+        torch.save({"native": {"state_dict": state, **recorded}, "basicsr": {"params": state}}.get(layout, state), buffer)
+        files.write_whole(path, buffer.getbuffer())
 
 
 def _differences(source: model.RCAN, network: model.RCAN) -> str:

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "layouts": {"model"},
     "upscaling": {"model", "utils"},
     "photo": {"imgproc"},
-    "weights": {"model", "layouts"},
+    "weights": {"files", "model", "layouts"},
     "train": LAYERS_1_AND_2,
     "train_improved": {"config_improved", "losses", "model", "train", "utils"},
     "test": LAYERS_1_AND_2,

@@ -310,12 +310,29 @@ def test_it_saves_by_time_too(settings, monkeypatch):
     assert train.train(config, train.PixelStep)
     saved = [weights.read(path)["update"] for path in checkpoints.present(config.experiment_dir)]
     assert saved[0] == 12
-    assert len(saved) > 3
+    assert 4 <= len(saved) <= 7  # every second or third update
     plain = settings(exp_name="plain", save_every_minutes=0.0, save_every=10**6, epochs=6, eval_every=10**6)
     assert train.train(plain, train.PixelStep)
     assert checkpoints.present(plain.experiment_dir) == [plain.experiment_dir / name for name in ("last.pth.tar", "best.pth.tar")]
     changed = ("/config/save_every_minutes", "/config/keep_last")
     assert same_checkpoints(config.experiment_dir / "last.pth.tar", plain.experiment_dir / "last.pth.tar", *changed) == []
+
+
+def test_what_is_logged_is_on_the_disk_before_the_checkpoint_that_counts_on_it(settings, monkeypatch):
+    order, put, save = [], utils.RunLog.put_on_disk, checkpoints.save_last
+    monkeypatch.setattr(utils.RunLog, "put_on_disk", lambda log: order.append("log") or put(log))
+    monkeypatch.setattr(checkpoints, "save_last", lambda *given: order.append("checkpoint") or save(*given))
+    assert train.train(settings(save_every=2), train.PixelStep)
+    assert order == ["log", "checkpoint"] * 3
+
+
+def test_what_a_killed_run_was_writing_is_removed(settings):
+    config = settings()
+    left = config.experiment_dir / ".last.pth.tar.99999.part"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    assert train.train(config, train.PixelStep)
+    assert not left.exists()
 
 
 def test_a_stop_during_an_evaluation_leaves_it_due(settings, monkeypatch):
