@@ -24,11 +24,12 @@ except ImportError:  # Windows
 # Writing
 
 
-def write_whole(path: Path, data: bytes | memoryview, make_room: Callable[[], None] | None = None) -> None:
+def write_whole(path: Path, data: bytes | memoryview, make_room: Callable[[], None] | None = None, durable: bool = True) -> None:
     """Write a file whole or not at all; folders are made.
 
     Args:
         make_room: called when the new file is on the disk, before it takes its place, as to move the old one away.
+        durable: wait until it is on the disk, so that it outlives the machine too.
 
     Raises:
         OSError: it can't be written, for which `explain` has words; the old file is untouched then.
@@ -39,11 +40,13 @@ def write_whole(path: Path, data: bytes | memoryview, make_room: Callable[[], No
         with open(part, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         if make_room:
             make_room()
         os.replace(part, path)
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error  # a failing write doesn't say of what
     finally:

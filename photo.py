@@ -15,13 +15,14 @@ What a format can't hold (alpha in JPEG and BMP, 16 bits in JPEG, WebP and BMP) 
 """
 
 import io
+import logging
 import os
 import struct
 import warnings
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import tifffile
@@ -32,6 +33,8 @@ import imgproc
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP"}
 LONGEST_SIDE = {"JPEG": 65535, "WEBP": 16383}  # pixels, by the formats' definitions
+
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # about damaged files, of which an error tells
 
 
 @dataclass(frozen=True)
@@ -71,41 +74,46 @@ def read_photo(path: str | os.PathLike) -> Photo:
         ValueError: the file is empty, cut off, no picture, of a kind that can't be upscaled, or has more than
             `imgproc.MAX_PIXELS`. The message names the file.
     """
-    data = imgproc.read_bytes(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong with a file is said below, or doesn't matter
-            return _decode(data)
-    except UnsupportedError as error:
-        raise ValueError(f"{path}: {error}; convert it to gray or RGB of 8 or 16 bits first") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{path}: not a picture that can be read here; known are {', '.join(FORMATS)}") from None
-    except Image.DecompressionBombError:
-        raise ValueError(f"{path}: more than {imgproc.MAX_PIXELS:,} pixels; cut it into parts") from None
-    except (*imgproc.DECODING_ERRORS, TypeError, RuntimeError) as error:  # NotImplementedError is one of these
-        raise ValueError(f"{path}: the picture is damaged, cut off or of an unknown kind ({error}); open and save it anew") from None
+    with imgproc.open_file(path) as file:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what is wrong with a file is said below, or doesn't matter
+                return _decode(file)
+        except UnsupportedError as error:
+            raise ValueError(f"{path}: {error}; convert it to gray or RGB of 8 or 16 bits first") from None
+        except UnidentifiedImageError:
+            raise ValueError(f"{path}: not a picture that can be read here; known are {', '.join(FORMATS)}") from None
+        except imgproc.TooLargeError as error:
+            raise ValueError(f"{path}: {error}") from None
+        except MemoryError:
+            raise ValueError(f"{path}: {imgproc.NO_MEMORY}") from None
+        except (*imgproc.DECODING_ERRORS, RuntimeError) as error:  # NotImplementedError is one of these
+            reason = imgproc.one_line(error)
+            raise ValueError(f"{path}: the picture is damaged, cut off or of an unknown kind ({reason}); open and save it anew") from None
 
 
 class UnsupportedError(ValueError):
     """A sound picture of a kind that can't be upscaled."""
 
 
-def _decode(data: bytes) -> Photo:
+def _decode(file: BinaryIO) -> Photo:
+    head = file.read(32)
     try:
-        image = Image.open(io.BytesIO(data))
+        image = imgproc.open_header(file)
     except UnidentifiedImageError:
-        if data[:4] in (b"II*\0", b"MM\0*"):  # gray and alpha with 16 bits, and other kinds that Pillow doesn't know
-            return _decode_deep_tiff(data)
+        if head[:4] in (b"II*\0", b"MM\0*"):  # gray and alpha with 16 bits, and other kinds that Pillow doesn't know
+            return _decode_deep_tiff(file)
         raise
     with image:
-        if image.width * image.height > imgproc.MAX_PIXELS:
-            raise Image.DecompressionBombError
         if image.format == "TIFF" and max(image.tag_v2.get(258, (1,))) > 8:
-            return _decode_deep_tiff(data)
+            return _decode_deep_tiff(file)
         image.load()
-        if imgproc.has_16_bits(image, data):
-            return _decode_deep_png(data, image)
-        return _from_pillow(image)
+        if not imgproc.has_16_bits(image, head):
+            return _from_pillow(image)
+        profile, dpi = image.info.get("icc_profile"), _plain_dpi(image.info.get("dpi"))
+        orientation = image.getexif().get(274, 1)
+    del image  # its pixels of 8 bits
+    return _upright(replace(_decode_deep_png(file), icc_profile=profile, dpi=dpi), orientation)
 
 
 def _from_pillow(image: Image.Image) -> Photo:
@@ -114,16 +122,15 @@ def _from_pillow(image: Image.Image) -> Photo:
     notes += (_UNKNOWN_CHANNEL,) if image.mode == "RGBX" else ()
     transparent = "transparency" in image.info
     dpi = _turned_dpi(dpi, image.getexif().get(274, 1))
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode in ("CMYK", "LAB", "YCbCr", "HSV"):
         image, profile = _to_srgb(image, profile), None
     gray = image.mode in ("1", "L", "LA", "La")
     has_alpha = transparent or image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
     if image.mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"):
         raise UnsupportedError(f"its colour mode {image.mode} can't be upscaled")
-    values = np.array(image.convert("RGBA") if has_alpha or image.mode == "P" else image.convert("RGB"))
-    alpha = np.ascontiguousarray(values[:, :, 3]) if has_alpha else None
-    return Photo(np.ascontiguousarray(values[:, :, :3]), alpha, gray, profile, dpi, notes)
+    alpha = imgproc.to_array(image, "A") if has_alpha else None
+    return Photo(imgproc.to_array(image, "RGB"), alpha, gray, profile, dpi, notes)
 
 
 def _frame_notes(count: int) -> tuple[str, ...]:
@@ -157,40 +164,31 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image.convert("RGB")
 
 
-def _decode_deep_png(data: bytes, image: Image.Image) -> Photo:
+def _decode_deep_png(file: BinaryIO) -> Photo:
+    file.seek(0)
+    data = file.read()
     deep = imgproc.decode_deep(data)
     if deep is None or deep.dtype != np.uint16:
         raise ValueError("its 16-bit samples can't be decoded")
     gray = data[25] in (0, 4)  # IHDR's colour type: gray, gray and alpha
     alpha = deep[:, :, 3] if deep.ndim == 3 and deep.shape[2] == 4 else None
-    clear = _png_chunk(data, b"tRNS")
+    clear = next((data[start + 8 : end - 4] for name, start, end in imgproc.png_chunks(data) if name == b"tRNS"), b"")
     if deep.ndim == 2 and len(clear) == 2:  # one gray value that is transparent; OpenCV knows it for RGB only
         alpha = np.where(deep == int.from_bytes(clear, "big"), 0, 65535).astype(np.uint16)
     pixels = np.repeat(deep[:, :, None], 3, 2) if deep.ndim == 2 else deep[:, :, 2::-1]
-    orientation = image.getexif().get(274, 1)
-    return _upright(Photo(pixels, alpha, gray, image.info.get("icc_profile"), _plain_dpi(image.info.get("dpi"))), orientation)
+    return Photo(pixels, alpha, gray)
 
 
-def _png_chunk(data: bytes, name: bytes) -> bytes:
-    """The content of the first chunk of this name, or nothing."""
-    start = 8
-    while start + 8 <= len(data):
-        length = int.from_bytes(data[start : start + 4], "big")
-        if data[start + 4 : start + 8] == name:
-            return data[start + 8 : start + 8 + length]
-        start += 12 + length
-    return b""
-
-
-def _decode_deep_tiff(data: bytes) -> Photo:
+def _decode_deep_tiff(file: BinaryIO) -> Photo:
+    file.seek(0)
+    data = file.read()
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         page = tiff.pages[0]
-        if page.imagewidth * page.imagelength > imgproc.MAX_PIXELS:
-            raise Image.DecompressionBombError
+        imgproc.check_size(file, page.imagewidth, page.imagelength, f"TIFF {int(page.compression)}")
         kind = tifffile.PHOTOMETRIC(page.photometric)
         if page.dtype != np.uint16 or page.bitspersample != 16 or kind not in _DEEP_KINDS:
             raise UnsupportedError(f"its samples are {page.dtype} of {page.bitspersample} bits, {kind.name}")
-        values = _samples(page, data)
+        values, turned = _samples(page, data)
         further = page.extrasamples[0] if page.extrasamples else None
         notes = _frame_notes(len(tiff.pages))
         tags = {number: page.tags[number].value for number in (274, 34675) if number in page.tags}
@@ -208,7 +206,10 @@ def _decode_deep_tiff(data: bytes) -> Photo:
         if further == tifffile.EXTRASAMPLE.ASSOCALPHA:
             colours = _unmultiplied(colours, alpha)
     pixels = np.repeat(colours, 3, 2) if gray else colours
-    return _upright(Photo(pixels, alpha, gray, tags.get(34675), _plain_dpi(dpi), notes), int(tags.get(274, 1)))
+    orientation, dpi = int(tags.get(274, 1)), _plain_dpi(dpi)
+    if turned:
+        dpi, orientation = _turned_dpi(dpi, orientation), 1
+    return _upright(Photo(pixels, alpha, gray, tags.get(34675), dpi, notes), orientation)
 
 
 _DEEP_KINDS = (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.MINISWHITE, tifffile.PHOTOMETRIC.RGB)
@@ -220,21 +221,22 @@ def _unmultiplied(colours: NDArray, alpha: NDArray) -> NDArray:
     return np.clip(np.round(colours / divisor), 0, 65535).astype(np.uint16)
 
 
-def _samples(page: tifffile.TiffPage, data: bytes) -> NDArray:
-    """(H, W, 1 to 4)"""
+def _samples(page: tifffile.TiffPage, data: bytes) -> tuple[NDArray, bool]:
+    """(H, W, 1 to 4), and whether they are turned already as the tag Orientation says."""
+    turned = False
     try:
         values = page.asarray()
     except (ValueError, NotImplementedError):  # a compression that needs further packages; OpenCV knows the usual ones
-        values = imgproc.decode_deep(data)
+        values, turned = imgproc.decode_deep(data), True
         if values is None or values.dtype != np.uint16:
             raise
         values = values if values.ndim == 2 else values[:, :, [2, 1, 0, 3][: values.shape[2]]]
-    if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and values.ndim == 3 and values.shape[0] == page.samplesperpixel:
+    if not turned and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and values.ndim == 3 and values.shape[0] == page.samplesperpixel:
         values = np.moveaxis(values, 0, 2)
     values = values[:, :, None] if values.ndim == 2 else values
     if values.ndim != 3 or values.shape[2] > 4:
         raise UnsupportedError(f"its samples lie as {values.shape}, not as at most RGB and alpha")
-    return values.copy()
+    return values.copy(), turned
 
 
 def _upright(photo: Photo, orientation: int) -> Photo:

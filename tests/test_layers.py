@@ -16,7 +16,7 @@ LAYERS_1_AND_2 = {
 MAY_IMPORT = {
     "config": set(),
     "files": set(),
-    "imgproc": set(),
+    "imgproc": {"files"},
     "model": set(),
     "losses": set(),
     "config_improved": {"config"},
