@@ -52,14 +52,19 @@ def save_last(folder: Path, state: Mapping[str, Any], before: int | None, keep_l
             last.replace(folder / f"update_{before:07d}.pth.tar")
 
     files.write_whole(last, _serialised(last, state), make_room)
-    for old in numbered(folder)[keep_last:]:
+    earlier = [path for path in numbered(folder) if _number(path) <= state["update"]]  # later ones are those of a run gone back on
+    for old in earlier[keep_last:]:
         old.unlink(missing_ok=True)
 
 
 def numbered(folder: Path) -> list[Path]:
     """The older checkpoints of a run, newest first."""
     names = (path for path in folder.glob("update_*.pth.tar") if path.name[7:-8].isdecimal())
-    return sorted(names, key=lambda path: int(path.name[7:-8]), reverse=True)
+    return sorted(names, key=_number, reverse=True)
+
+
+def _number(path: Path) -> int:
+    return int(path.name[7:-8])
 
 
 def present(folder: Path) -> list[Path]:
@@ -68,28 +73,40 @@ def present(folder: Path) -> list[Path]:
 
 
 def read_newest(paths: list[Path]) -> tuple[Path, Any, list[str]]:
-    """The first checkpoint that can be read, with its path, and what is wrong with those before it.
+    """The first checkpoint if it can be read, else the newest that can, with its path, and what is wrong with others.
 
     Raises:
         ValueError: none can be read.
     """
     problems: list[str] = []
+    whole: list[tuple[Path, Any]] = []
     for path in paths:
+        if whole and (not problems or path.name != BEST):  # the best one may be newer than the newest numbered one
+            continue
         try:
-            return path, weights.read(path), problems
+            found = weights.read(path)
+            if name := _not_finite(found):
+                raise ValueError(f"{path}: {name} in it is not finite")
+            whole.append((path, found))
         except ValueError as error:
             problems.append(str(error))
+    if whole:
+        return *max(whole, key=lambda pair: pair[1].get("update", -1) if isinstance(pair[1], Mapping) else -1), problems
     others = f", and no other checkpoint in {paths[0].parent} can either" if len(paths) > 1 else ""
     raise ValueError(f"{problems[0]}{others}; bring a copy back, or set another exp_name to start anew")
 
 
 def _serialised(path: Path, state: Mapping[str, Any]) -> memoryview:
-    for name, tensor in _tensors(state):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: not written, as {name} is not finite; an older file of this name is untouched")
+    if name := _not_finite(state):
+        raise ValueError(f"{path}: not written, as {name} is not finite; an older file of this name is untouched")
     buffer = io.BytesIO()  # first in memory, as PyTorch's own writer doesn't say what a disk refused
     torch.save(state, buffer)
     return buffer.getbuffer()
+
+
+def _not_finite(state: Any) -> str | None:
+    """The first tensor in it that holds NaN or infinity."""
+    return next((name for name, tensor in _tensors(state) if tensor.is_floating_point() and not torch.isfinite(tensor).all()), None)
 
 
 def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

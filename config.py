@@ -8,6 +8,7 @@ Edit a value on its line, or give it on the command line, where every line is an
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from inspect import get_annotations
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -96,8 +97,8 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        self._check_pairs()
         self._check_ranges()
+        self._check_pairs()
 
     def _check_pairs(self) -> None:
         if not self.model_arch_name.endswith(f"_x{self.upscale_factor}"):
@@ -140,13 +141,15 @@ class Config:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0, and finite")
         if 0 < self.skip_threshold <= 1:
             raise ValueError(f"skip_threshold={self.skip_threshold} would skip ordinary updates: set it to 0, or above 1, as 10")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed={self.seed} must be less than 2**63")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate={self.learning_rate} must lie between 0 and 1; the paper's is 1e-4")
-        for name, value in (("ema_decay", self.ema_decay), ("adam_betas", max(self.adam_betas)), ("adam_betas", min(self.adam_betas))):
-            if not 0 <= value < 1:
+        for name, values in (("ema_decay", (self.ema_decay,)), ("adam_betas", self.adam_betas)):
+            if not all(0 <= value < 1 for value in values):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
+        if self.total_updates >= 2**63:
+            raise ValueError(f"epochs={self.epochs} of steps_per_epoch={self.steps_per_epoch} updates are more than 2**63: lower epochs")
+        if not self.resume:
+            raise ValueError("resume='' must be 'auto', 'never', or the path of a checkpoint")
         for name in ("train_sets", "valid_sets", "test_sets"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)} names a set twice")
@@ -255,15 +258,33 @@ def _check_types(config: Config | type[Config]) -> None:
         if not _fits(getattr(config, field.name), hints[field.name]):
             name = str(hints[field.name]).replace("typing.", "") if get_args(hints[field.name]) else hints[field.name].__name__
             where = _home(config, field.name)
-            raise ValueError(f"{field.name}={getattr(config, field.name)!r} must be {name}; correct its line in {where}")
-        if "\0" in str(getattr(config, field.name)):
-            raise ValueError(f"{field.name}={getattr(config, field.name)!r} must not hold a null character; no path and no name can")
+            raise ValueError(f"{field.name}={_shown(getattr(config, field.name))} must be {name}; correct its line in {where}")
+        _check_values(field.name, getattr(config, field.name))
+
+
+def _check_values(name: str, value: Any) -> None:
+    """Refuse what has the right type, but can be no path and no number of anything."""
+    for part in value if isinstance(value, tuple) else (value,):
+        if isinstance(part, str) and "\0" in part:
+            raise ValueError(f"{name}={value!r} must not hold a null character; no path and no name can")
+        if isinstance(part, str) and any("\ud800" <= character <= "\udfff" for character in part):
+            raise ValueError(f"{name}={value!r} must be UTF-8, as reports name it; rename the file or folder")
+        if isinstance(part, int) and abs(part) >= 2**63:
+            raise ValueError(f"{name}={_shown(value)} must be less than 2**63")
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "(a number of thousands of digits)"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _home(config: Config | type[Config], name: str) -> str:
     """The file in which a setting has its line."""
     kinds = (config if isinstance(config, type) else type(config)).__mro__
-    return next(f"{kind.__module__}.py" for kind in kinds if name in vars(kind).get("__annotations__", ()))
+    return next(f"{kind.__module__}.py" for kind in kinds if name in get_annotations(kind))
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import files
 import imgproc
 
 # Finding pairs
@@ -67,7 +68,7 @@ def find_pairs(folder: str | os.PathLike, upscale_factor: int, degradation: str 
     folder = Path(folder).absolute()
     gt_files, lr_files = _find_files(folder, upscale_factor, degradation)
     if not gt_files:
-        problem = "no image is in it" if folder.is_dir() else "no such folder"
+        problem = "no image is in it" if folder.is_dir() else "is a file, not a folder" if folder.exists() else "no such folder"
         raise FileNotFoundError(
             f"{folder}: {problem}; put the originals into {folder / 'GT'} as .png or .jpg, or name another data_root or set"
         )
@@ -76,7 +77,10 @@ def find_pairs(folder: str | os.PathLike, upscale_factor: int, degradation: str 
     if lr and gt.keys() != lr.keys():
         name = min(gt.keys() ^ lr.keys())
         found, missing = (gt[name], lr_files[0].parent) if name in gt else (lr[name], gt_files[0].parent)
-        raise ValueError(f"{found}: has no partner in {missing}, where {len(gt)} originals and {len(lr)} LR images should pair")
+        raise ValueError(
+            f"{found}: has no partner in {missing}, where {len(gt)} originals and {len(lr)} LR images should pair: "
+            "add it, or move the LR folder away to have all LR images made"
+        )
     return [Pair(name, gt[name], lr.get(name)) for name in sorted(gt)]
 
 
@@ -106,6 +110,8 @@ def _by_name(files: Sequence[Path], to_name: Callable[[str], str]) -> dict[str, 
     named: dict[str, Path] = {}
     for file in files:
         name = to_name(file.stem)
+        if any("\ud800" <= character <= "\udfff" for character in str(file)):  # how Python writes a byte that is no UTF-8
+            raise ValueError(f"{str(file)!r}: the name is not UTF-8, in which reports are written; rename it")
         if name in named:
             raise ValueError(f"{file}: has the same name as {named[name]}; rename one")
         named[name] = file
@@ -135,7 +141,8 @@ def gt_sizes(pairs: Sequence[Pair], upscale_factor: int) -> list[Size]:
 def _raise_size(pair: Pair, lr_size: Size, scale: int) -> None:
     height, width = imgproc.image_size(pair.gt)
     raise ValueError(
-        f"{pair.lr}: lr is {lr_size[1]}x{lr_size[0]}, but gt {width}x{height} at x{scale} needs {width // scale}x{height // scale}"
+        f"{pair.lr}: lr is {lr_size[1]}x{lr_size[0]}, but gt {width}x{height} at x{scale} needs {width // scale}x{height // scale}: "
+        "put the right one there, or move the LR folder away to have all LR images made"
     )
 
 
@@ -195,19 +202,19 @@ BENCHMARKS = {"Set5": 5, "Set14": 14, "B100": 100, "BSD100": 100, "BSDS100": 100
 
 
 def absent_sets(data_root: str | os.PathLike, names: Sequence[str]) -> list[str]:
-    """Those of the sets that have no folder at all."""
-    return [name for name in names if not (Path(data_root) / name).is_dir()]
+    """Those of the sets that are not there at all."""
+    return [name for name in names if not (Path(data_root) / name).exists()]
 
 
 def open_test_sets(
     data_root: str | os.PathLike, names: Sequence[str], upscale_factor: int, degradation: str = "BI"
 ) -> dict[str, EvaluationSet]:
-    """The sets to score, by name, all found and measured before the first is scored.
+    """The sets to score, by name, all found, measured and decoded once before the first is scored.
 
     Raises:
         FileNotFoundError: a set is missing.
-        ValueError: two sets have one name, a picture doesn't pair or is too small to be scored, or a set that papers use is not
-            complete.
+        ValueError: two sets have one name, a picture is damaged, doesn't pair or is too small to be scored, or a set that papers
+            use is not complete.
     """
     sets: dict[str, EvaluationSet] = {}
     for folder in (Path(data_root) / name for name in names):
@@ -226,7 +233,22 @@ def open_test_sets(
                     f"SSIM's window needs {2 * upscale_factor + imgproc.SSIM_WINDOW}; remove it"
                 )
         sets[folder.name] = EvaluationSet(pairs, upscale_factor, degradation)
+    _check_pixels([file for images in sets.values() for pair in images.pairs for file in (pair.gt, pair.lr) if file])
     return sets
+
+
+def _check_pixels(paths: Sequence[Path]) -> None:
+    """Decode all once, as else a damaged one would be found after hours of training, or of scoring the others."""
+
+    def decode(file: Path) -> None:
+        imgproc.read_image(file)
+
+    with ThreadPoolExecutor(_cores()) as pool:
+        list(pool.map(decode, paths))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # The store
@@ -342,9 +364,13 @@ def _checksum(gt: imgproc.Picture, lr: imgproc.Picture) -> int:
 
 def _build(store: PairStore, pairs: Sequence[Pair], manifest: dict[str, Any], progress: bool) -> None:
     """Decode everything into a folder of its own, and move that into place when it is complete and on the disk."""
-    store.folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(store.folder)
-    _check_room(store)
+    with files.made_folder(store.folder.parent):
+        _remove_leftovers(store.folder)
+        _check_room(store)
+        _build_there(store, pairs, manifest, progress)
+
+
+def _build_there(store: PairStore, pairs: Sequence[Pair], manifest: dict[str, Any], progress: bool) -> None:
     building = store.folder.with_name(f"{store.folder.name}.building-{os.getpid()}")
     try:
         building.mkdir()
@@ -376,8 +402,7 @@ def _decode_all(store: PairStore, pairs: Sequence[Pair], folder: Path, degradati
         maps["lr.bin"][store._lr_starts[index] : store._lr_starts[index + 1]] = lr.reshape(-1)
         return _checksum(gt, lr)
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ThreadPoolExecutor(cores) as pool:
+    with ThreadPoolExecutor(_cores()) as pool:
         try:
             bar = tqdm(pool.map(decode, range(len(pairs))), "decoding once", len(pairs), unit="image", disable=not progress)
             checksums = list(bar)

@@ -9,7 +9,8 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TextIO
@@ -34,24 +35,57 @@ def write_whole(path: Path, data: bytes | memoryview, make_room: Callable[[], No
     Raises:
         OSError: it can't be written, for which `explain` has words; the old file is untouched then.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
+        with made_folder(path.parent), _whole(path) as part:
+            with open(part, "wb") as file:
+                file.write(data)
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            if make_room:
+                make_room()
+            os.replace(part, path)
             if durable:
-                os.fsync(file.fileno())
-        if make_room:
-            make_room()
-        os.replace(part, path)
-        if durable:
-            sync_folder(path.parent)
+                sync_folder(path.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error  # a failing write doesn't say of what
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A name to write to first, under which nothing stays."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a folder, and remove it and those made for it where they stay empty, as when what was to be written is refused."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for each in made:
+            with contextlib.suppress(OSError):  # there is something in it
+                each.rmdir()
+
+
+def check_folder(folder: Path) -> None:
+    """Make sure, before hours of work, that files can be written into a folder; nothing stays there.
+
+    Raises:
+        OSError: they can't, for which `explain` has words.
+    """
+    try:
+        with made_folder(folder), _whole(folder / "check") as part:
+            part.write_bytes(bytes(4096))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -93,23 +127,29 @@ class FolderLock:
         self.path = folder / ".lock"
 
     def __enter__(self) -> "FolderLock":
-        self._made = [parent for parent in (self.folder, *self.folder.parents) if not parent.exists()]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = self._open_locked()
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}")
-        self._file.flush()
+        with contextlib.ExitStack() as stack:  # undone in reverse, at once where the rest fails
+            stack.enter_context(made_folder(self.folder))
+            file = self._open_locked()
+            stack.callback(self._let_go, file)
+            try:
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}")
+                file.flush()
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.path)) from error  # a failing write doesn't say of what
+            self._held = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def _let_go(self, file: TextIO) -> None:
         if os.name == "nt":
-            self._file.close()  # which can't be removed while it is open
+            file.close()  # which can't be removed while it is open
         with contextlib.suppress(OSError):
             self.path.unlink()
-        self._file.close()
-        for folder in self._made:
-            with contextlib.suppress(OSError):  # the run has left something in it
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # a full disk refuses what was still to be written
+            file.close()
 
     def _open_locked(self) -> TextIO:
         while True:
@@ -139,6 +179,8 @@ def _lock(file: TextIO) -> bool:
     except OSError as error:
         if error.errno not in (*_HELD, *_UNABLE):
             raise
+        if error.errno in _UNABLE:
+            print(f"warning: {file.name}: this disk knows no locks, so that nothing keeps two trainings from one run", file=sys.stderr)
         return error.errno in _UNABLE
     return True
 

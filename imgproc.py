@@ -34,7 +34,9 @@ DEGRADATIONS = ("BI", "BD", "DN")
 SSIM_WINDOW = 11  # pixels
 
 cv2.setNumThreads(0)  # its threads do not survive a fork, as in workers; each call here is too small to gain from them
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # about damaged files, of which an error tells
+_silence = getattr(getattr(cv2.utils, "logging", cv2), "setLogLevel", None)  # OpenCV has had it in two places
+if _silence:
+    _silence(0)  # about damaged files, of which an error tells
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is checked instead
 warnings.filterwarnings("ignore", module=r"PIL\.")  # as above

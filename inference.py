@@ -22,6 +22,7 @@ import imgproc
 import utils
 import weights
 from config import released_weights
+from files import check_folder, explain
 from photo import FORMATS, Photo, check_writable, read_photo, write_photo
 from upscaling import upscale
 
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = tyro.cli(InferenceConfig, args=argv, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
     files = find_inputs(Path(config.input), Path(config.output))
     targets = plan_outputs(files, Path(config.input), Path(config.output), config.output_format)
+    check_folder(Path(config.output))
     runtime = utils.start_runtime()
     path = Path(config.model_path) if config.model_path else released_weights(config.upscale_factor)
     network = weights.load(path).to(runtime.device)
@@ -69,11 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             notes = upscale_file(file, targets[file], enlarge, network.upscale_factor, config)
             bar.write("\n    ".join([str(targets[file].absolute()), *notes]))
         except (ValueError, OSError, MemoryError) as error:  # the others are still wanted
-            problem = str(error) or "there is too little memory for it"
+            problem = explain(error) if isinstance(error, OSError) else str(error) or "there is too little memory for it"
             failed.append(problem if str(file) in problem else f"{file}: {problem}")
     if failed:
         listed = "".join(f"\n    {problem}" for problem in failed)
-        raise ValueError(f"{len(failed)} of {len(files)} pictures were not upscaled:{listed}")
+        raise ValueError(f"{len(failed)} of {len(files)} pictures were not upscaled:{listed}" if len(files) > 1 else failed[0])
 
 
 # Files

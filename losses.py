@@ -265,7 +265,8 @@ def _read_vgg19(path: Path, network: nn.Module) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except _READING_ERRORS as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        damaged = isinstance(error, RuntimeError | EOFError | OSError)
+        reason = "it is damaged or cut off" if damaged else "it is something else, or holds more than weights"
         raise ValueError(f"{path}: can't be read safely as weights ({reason}); {_HOW_TO_GET_IT}") from None
     wanted = network.state_dict()
     found = {name: state.get(f"features.{name}") if isinstance(state, Mapping) else None for name in wanted}

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 import dataset
+import files
 import imgproc
 import model
 import utils
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sets = {path: dataset.open_test_sets(config.data_root, present, network.upscale_factor, config.degradation)
             for path, network in networks.items()}  # fmt: skip
     if runtime.is_main:
+        for path in networks:
+            files.check_folder(config.test_dir(path))
         warn(networks, absent, config)
     results = []
     for path, network in networks.items():
@@ -183,11 +186,11 @@ def _published(row: str, sets: Sequence[str]) -> list[str]:
 def write(folder: Path, results: Sequence[Result], absent: Sequence[str], config: Config) -> None:
     """metrics.json, the same by picture in metrics.csv, and report.md."""
     metrics: dict[str, Any] = {result.name: _metrics(result, config) for result in results}
-    utils.write_text(folder / "metrics.json", json.dumps(metrics if len(results) > 1 else metrics[results[0].name], indent=2) + "\n")
-    utils.write_text(folder / "metrics.csv", _rows(results, config))
+    files.write_text(folder / "metrics.json", json.dumps(metrics if len(results) > 1 else metrics[results[0].name], indent=2) + "\n")
+    files.write_text(folder / "metrics.csv", _rows(results, config))
     about = "\n".join(f"- {name}: {value}" for name, value in utils.provenance().items())
     descriptions = "\n".join(f"- {result.description}" for result in results)
-    utils.write_text(folder / "report.md", f"{report(results, absent, config)}\n\n{descriptions}\n{about}\n")
+    files.write_text(folder / "report.md", f"{report(results, absent, config)}\n\n{descriptions}\n{about}\n")
 
 
 def _metrics(result: Result, config: Config) -> dict[str, Any]:

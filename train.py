@@ -8,14 +8,15 @@ This is the only training loop; what one update does is a `Step`, here `PixelSte
 """
 
 import contextlib
+import functools
 import inspect
 import json
 import math
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -150,9 +151,9 @@ class PixelStep:
         }
 
     def check(self) -> list[str]:
-        if self.guard.in_a_row >= self.config.max_skipped:
+        if (skipped := self.guard.take_longest()) >= self.config.max_skipped:
             raise ValueError(
-                f"the last {int(self.guard.in_a_row)} updates were skipped, their loss or gradient not finite or far too large: the last "
+                f"{skipped} updates in a row were skipped, their loss or gradient not finite or far too large: the last "
                 f"checkpoint is sound; start again from it with pretrained_model_path, another exp_name, and a learning_rate below "
                 f"{self.config.learning_rate} or precision='fp32'"
             )
@@ -173,25 +174,32 @@ class UpdateGuard(nn.Module):
         self.threshold = threshold
         self.world_size = world_size
         self.register_buffer("in_a_row", torch.zeros(()))  # updates skipped, up to now
+        self.register_buffer("longest", torch.zeros(()))  # such a row since it was last looked at
         self.register_buffer("accepted", torch.zeros(()))  # updates, up to LONG
         self.register_buffer("running_loss", torch.zeros(()))
 
     @torch.no_grad()
     def forward(self, loss: Tensor, norms: Sequence[Tensor]) -> Tensor:
         """1 if the update is to be skipped, else 0, from its loss and the norms of its gradients, the same in all processes."""
-        refused = ~torch.isfinite(torch.stack(list(norms))).all()
+        loss = loss.detach().float().clone()
+        if self.world_size > 1:  # a gradient can be finite where the loss is not, as L1's, and in one process alone
+            torch.distributed.all_reduce(loss)
+            loss /= self.world_size
+        refused = ~torch.isfinite(torch.stack([*norms, loss])).all()
         if self.threshold:
-            loss = loss.detach().float().clone()
-            if self.world_size > 1:
-                torch.distributed.all_reduce(loss)
-                loss /= self.world_size
-            refused |= ~torch.isfinite(loss) | ((self.accepted >= self.KNOWN) & (loss > self.threshold * self.running_loss))
+            refused |= (self.accepted >= self.KNOWN) & (loss > self.threshold * self.running_loss)
             learned = self.running_loss.lerp(loss, 1 / (self.accepted + 1))
             self.running_loss = torch.where(refused, self.running_loss, learned)
             self.accepted = (self.accepted + ~refused).clamp(max=self.LONG)
         skipped = refused.float()
         self.in_a_row = (self.in_a_row + 1) * skipped
+        self.longest = torch.maximum(self.longest, self.in_a_row)
         return skipped
+
+    def take_longest(self) -> int:
+        """The longest row of skipped updates since this was asked last; a row that goes on counts on."""
+        longest, self.longest = int(self.longest), self.in_a_row.clone()
+        return longest
 
 
 def build_generator(config: Config) -> model.RCAN:
@@ -314,6 +322,7 @@ class Run:
                 if self._evaluation_due() and not stopped:
                     stopped = not self.evaluate(log, stop)
                 if done or stopped or late or (self.update > first and self.update % config.save_every == 0):
+                    self.step.check()
                     log.put_on_disk()
                     self.save_last()
                 if done or stopped:
@@ -329,6 +338,7 @@ class Run:
                 if self.update % config.log_every == 0:
                     self.report(log, time.perf_counter() - started)
                 stopped, late = poll(bool(stop), self._save_is_late())
+                late = late and (self.runtime.world_size == 1 or self.saved != self.update - 1)  # an answer from before that save
             poll.finish()
         self._say_end(self.finished)
         return self.finished
@@ -382,7 +392,7 @@ class Run:
         samples: dict[str, imgproc.Picture] = {}
         for name, images in self.validation.items():
             keep = _keep_samples(samples, images, self.config.upscale_factor) if not scores else None
-            enlarge = partial(upscale, self.ema.network)
+            enlarge = functools.partial(upscale, self.ema.network)
             found = utils.evaluate(enlarge, images, self.config.upscale_factor, self.runtime, keep, name, stop)
             if found is None:
                 return False
@@ -461,7 +471,8 @@ class Run:
         self.ema.network.load_state_dict(checkpoint["ema_state_dict"])
         self.meter.load_state_dict(checkpoint["meter"])
         self.update, self.evaluated, self.seconds = checkpoint["update"], checkpoint["evaluated"], checkpoint["seconds"]
-        self.best_psnr, self.best_ssim = checkpoint["best_psnr"], checkpoint["best_ssim"]
+        if path.parent == self.config.experiment_dir:  # another run's best is not in this folder
+            self.best_psnr, self.best_ssim = checkpoint["best_psnr"], checkpoint["best_ssim"]
         self.saved = self.update if path == self.config.experiment_dir / checkpoints.LAST else None
         utils.restore_random_states(checkpoint["random_states"])
 
@@ -632,7 +643,14 @@ def check_agreement(run: Run) -> None:
     Raises:
         ValueError: one starts elsewhere, sees other images or has other settings, as where machines don't share their disks.
     """
-    own = {"update": run.update, "training images": run.batches.fingerprint, **asdict(run.config)}
+    own = {
+        "update": run.update,
+        "training images": run.batches.fingerprint,
+        "valid images": {name: [pair.name for pair in images.pairs] for name, images in run.validation.items()},
+        "resolved precision": run.precision,
+        "checksum of the weights": _checksum(run.step.parts()),
+        **asdict(run.config),
+    }
     for rank, other in enumerate(run.runtime.gather(own)):
         differing = [name for name in own.keys() - _OF_A_MACHINE if own[name] != other[name]]
         if differing:
@@ -641,6 +659,13 @@ def check_agreement(run: Run) -> None:
                 f"processes {rank} and {run.runtime.rank} are about to train differently ({differences}): give all machines the same "
                 "settings and images, and a results_dir on a disk that they share"
             )
+
+
+def _checksum(parts: Mapping[str, Any]) -> str:
+    """Of all tensors of the networks among a step's parts."""
+    networks = (part.state_dict() for part in parts.values() if isinstance(part, nn.Module))
+    tensors = (tensor for state in networks for tensor in state.values())
+    return f"{functools.reduce(lambda crc, tensor: zlib.crc32(tensor.cpu().contiguous().numpy().tobytes(), crc), tensors, 0):08x}"
 
 
 def open_validation(config: Config, say: Callable[[str], None]) -> dict[str, dataset.EvaluationSet]:

@@ -46,6 +46,9 @@ def run(main: Callable[[], None]) -> None:
     With `--debug` on the command line, every mistake shows its traceback. SIGTERM and SIGUSR1 end a script as Ctrl-C does, so that
     nothing is left half-written; a training takes them for a request to save itself, by `StopRequest`.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may hold what can't be printed
     debug = "--debug" in sys.argv[1:]
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
@@ -472,7 +475,10 @@ class RunLog:
     def put_on_disk(self) -> None:
         """Make sure that what a checkpoint takes for logged outlives the machine."""
         if self.enabled:
-            os.fsync(self._file.fileno())
+            try:
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def picture(self, update: int, name: str, image: imgproc.Picture) -> None:
         if self.enabled:

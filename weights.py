@@ -45,11 +45,16 @@ def read(path: str | os.PathLike) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is empty, damaged, something else, or holds code.
+        ValueError: the file is a folder, empty, damaged, something else, or holds code.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, where a file of weights is needed; give the path of a file, as of best.pth.tar")
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such weights; train them with train.py, or give the path of a file with --model_path")
+        raise FileNotFoundError(
+            f"{path}: no such weights; train them with train.py, or give the path of a file with --model_path "
+            "(in training, with --pretrained_model_path or --resume)"
+        )
     if not path.stat().st_size:
         raise ValueError(f"{path}: not a file of weights that can be read safely (it is empty; copy or download it again)")
     try:
@@ -377,7 +382,10 @@ def _kind(tensor: Tensor) -> str:
 def _raise_problems(problems: list[str], layout: Layout, source: str | os.PathLike) -> None:
     if problems:
         listed = "; ".join(sorted(problems))
-        raise ValueError(f"{source}: {len(problems)} tensors don't fit an RCAN in the {layout.program} layout, none was loaded: {listed}")
+        raise ValueError(
+            f"{source}: {len(problems)} tensors don't fit an RCAN in the {layout.program} layout, none was loaded: {listed}; "
+            "take another file, or save the whole network's state_dict anew"
+        )
 
 
 def _same(tensor: Tensor, other: Tensor | None) -> bool:

@@ -97,6 +97,21 @@ def test_the_order_in_which_they_are_tried(tmp_path):
         checkpoints.read_newest(checkpoints.present(tmp_path))
 
 
+def test_the_best_one_is_taken_where_it_is_newer(tmp_path):
+    for name, update in (("last.pth.tar", 30), ("update_0000010.pth.tar", 10), ("best.pth.tar", 20)):
+        checkpoints.save(tmp_path / name, state(update))
+    assert checkpoints.read_newest(checkpoints.present(tmp_path))[1]["update"] == 30
+    (tmp_path / "last.pth.tar").write_bytes(b"PK")
+    assert checkpoints.read_newest(checkpoints.present(tmp_path))[1]["update"] == 20
+
+
+def test_later_ones_of_a_run_gone_back_on_keep_nothing_from_being_kept(tmp_path):
+    checkpoints.save(tmp_path / "update_0001800.pth.tar", state(1800))
+    for before, update in ((None, 1000), (1000, 1100), (1100, 1200)):
+        checkpoints.save_last(tmp_path, state(update), before, 1)
+    assert [path.name for path in checkpoints.numbered(tmp_path)] == ["update_0001800.pth.tar", "update_0001100.pth.tar"]
+
+
 def test_a_changed_byte_is_noticed_or_harmless(tmp_path):
     """Any byte of the file, changed: refused, or everything in it is as it was."""
     path = tmp_path / "last.pth.tar"

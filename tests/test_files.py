@@ -86,13 +86,13 @@ def test_a_folder_is_used_by_one_process(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_what_a_holder_has_forked_does_not_hold(tmp_path):
-    forked = HOLD.replace("print(", "child = __import__('os').fork(); child and print(")
+    forked = HOLD.replace("print('held', flush=True)", "child = __import__('os').fork(); child and print(f'held\\n{child}', flush=True)")
     process = holder(tmp_path / "run", forked)
     process.send_signal(signal.SIGKILL)
     process.wait()
     with files.FolderLock(tmp_path / "run"):
         pass
-    subprocess.run(["pkill", "-f", str(tmp_path / "run")])
+    os.kill(int(process.stdout.readline()), signal.SIGKILL)
     process.stdout.close()
 
 

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "model": set(),
     "losses": set(),
     "config_improved": {"config"},
-    "dataset": {"imgproc"},
+    "dataset": {"files", "imgproc"},
     "utils": {"files", "imgproc"},
     "checkpoints": {"files", "weights"},
     "layouts": {"model"},

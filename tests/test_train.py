@@ -132,6 +132,32 @@ def test_an_update_that_is_not_finite_changes_nothing(settings, precision):
     assert not torch.equal(step.generator.conv1.weight, before["/0/conv1.weight"])
 
 
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is(settings, bad):
+    """L1's gradient is the sign of the difference, which infinity has too."""
+    step = train.PixelStep(settings(), CPU, "fp32")
+    before = step.generator.conv1.weight.clone()
+    lr, gt = batch()
+    gt[0, 0, 0, 0] = bad
+    assert step(lr, gt)["optimizer/skipped"] == 1
+    assert torch.equal(step.generator.conv1.weight, before)
+
+
+def test_a_row_of_skipped_updates_between_reports_ends_the_run_too(settings, monkeypatch):
+    poison(monkeypatch, 2, 3, 4)
+    config = settings(max_skipped=3, log_every=100, save_every=100, valid_sets=())
+    with pytest.raises(ValueError, match="3 updates in a row were skipped"):
+        train.train(config, train.PixelStep)
+    assert not (config.experiment_dir / "last.pth.tar").exists()
+
+
+def test_another_runs_best_is_not_this_runs(settings):
+    train.train(settings(), train.PixelStep)
+    other = settings(exp_name="other", resume=str(settings().experiment_dir / "last.pth.tar"), epochs=4, learning_rate=1e-3)
+    assert train.train(other, train.PixelStep)
+    assert (other.experiment_dir / "best.pth.tar").exists()
+
+
 def poison(monkeypatch, *updates, factor=math.nan):
     """Spoil what these updates of a sitting see, counted from 1."""
     call, calls = train.PixelStep.__call__, []
@@ -150,7 +176,8 @@ def test_a_skipped_update_leaves_the_whole_run_as_it_was(settings, monkeypatch):
     assert train.train(config, train.PixelStep)
     before, after = config.experiment_dir / "update_0000002.pth.tar", config.experiment_dir / "last.pth.tar"
     assert weights.read(after)["update"] == 4
-    found = same_checkpoints(before, after, "/meter", "/epoch", "/update", "/evaluated", "/scheduler", "/best", "/guard/in_a_row")
+    progress = ("/epoch", "/update", "/evaluated", "/scheduler", "/best", "/guard/in_a_row", "/guard/longest")
+    found = same_checkpoints(before, after, "/meter", *progress)
     assert found == []
     (report,) = (line for line in log_lines(config) if "loss/l1" in line)
     first, second = weights.read(before)["meter"]["values"][:, 0].tolist()  # what the two good updates had
@@ -193,7 +220,7 @@ def test_skipped_updates_in_a_row_are_counted_across_a_stop(settings, monkeypatc
         assert not train.train(config, train.PixelStep)
     with monkeypatch.context() as patch:
         poison(patch, 1)
-        with pytest.raises(ValueError, match="the last 4 updates were skipped"):
+        with pytest.raises(ValueError, match="4 updates in a row were skipped"):
             train.train(config, train.PixelStep)
 
 
@@ -260,7 +287,7 @@ def store_of(config):
 def test_too_many_skipped_updates_end_the_run_and_keep_the_last_good_file(settings, monkeypatch):
     poison(monkeypatch, *range(5, 99))
     config = settings(epochs=6, max_skipped=3)
-    with pytest.raises(ValueError, match=r"the last 3 updates were skipped, their loss or .* learning_rate below 0\.001"):
+    with pytest.raises(ValueError, match=r"3 updates in a row were skipped, their loss or .* learning_rate below 0\.001"):
         train.train(config, train.PixelStep)
     assert weights.read(config.experiment_dir / "last.pth.tar")["update"] == 6
 
@@ -519,7 +546,8 @@ def spoil(path, harm):
     if harm == "gone":
         path.unlink()
     elif harm == "flipped":
-        path.write_bytes(data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :])
+        place = data.index(weights.read(path)["state_dict"]["conv1.bias"].numpy().tobytes()) + 5
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
     else:
         path.write_bytes(data[: {"empty": 0}.get(harm, 1000)])
 
