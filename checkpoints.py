@@ -8,6 +8,7 @@ All three hold the whole state of a run. Each tensor in them has a checksum, as 
 """
 
 import io
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,17 @@ import files
 import weights
 
 LAST, BEST = "last.pth.tar", "best.pth.tar"
-DAMAGED = "damaged_last.pth.tar"  # where a last one that can't be read is kept
+
+
+def check_folder(folder: Path) -> None:
+    """Make sure, before hours of work, that no folder is where a run's files will be.
+
+    Raises:
+        ValueError: one is.
+    """
+    for path in (folder / name for name in (LAST, BEST, "config.json", "log.jsonl")):
+        if path.is_dir():
+            raise ValueError(f"{path}: is a folder, where a file of the run belongs; rename it, or set another exp_name")
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -47,7 +58,7 @@ def save_last(folder: Path, state: Mapping[str, Any], before: int | None, keep_l
         if not last.exists():
             return
         if before is None:
-            last.replace(folder / DAMAGED)
+            last.replace(_unused(folder, "damaged_last"))
         elif keep_last and before != state["update"]:
             last.replace(folder / f"update_{before:07d}.pth.tar")
 
@@ -55,6 +66,12 @@ def save_last(folder: Path, state: Mapping[str, Any], before: int | None, keep_l
     earlier = [path for path in numbered(folder) if _number(path) <= state["update"]]  # later ones are those of a run gone back on
     for old in earlier[keep_last:]:
         old.unlink(missing_ok=True)
+
+
+def _unused(folder: Path, name: str) -> Path:
+    """A name for what can't be read and is kept."""
+    endings = itertools.chain([""], (f"_{number}" for number in itertools.count(2)))
+    return next(path for ending in endings if not (path := folder / f"{name}{ending}.pth.tar").exists())
 
 
 def numbered(folder: Path) -> list[Path]:

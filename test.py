@@ -109,7 +109,7 @@ def score(path: Path, network: model.RCAN, sets: Mapping[str, dataset.Evaluation
             written = config.save_images and method == "network"
             save = partial(_write_picture, config.test_dir(path) / name) if written else None
             label = {"bicubic": "", "plain": f"{name}, plain"}.get(method, name)
-            scores[method][name] = utils.evaluate(upscaler, images, scale, runtime, save, progress=label)
+            scores[method][name] = utils.evaluate(upscaler, images, scale, runtime, on_image=save, progress=label)
     return Result(weights_name(path), scale, weights.describe(network), scores, utils.peak_memory(runtime.device))
 
 

@@ -253,21 +253,26 @@ def train(config: Config, build_step: Callable[[Config, Runtime, str], Step]) ->
 
 def _train(config: Config, build_step: Callable[[Config, Runtime, str], Step], runtime: Runtime) -> bool:
     say = print if runtime.is_main else _silent
+    checkpoints.check_folder(config.experiment_dir)
     found = find_checkpoint(config, say)
     path, checkpoint = found or (None, None)
     validation = open_validation(config, say)
     sets, usable = check_training(config, runtime, say)
     utils.seed_everything(config.seed)
     precision = checkpoint["precision"] if checkpoint else utils.choose_precision(config.precision, runtime.device)
+    shared = {name: value for name, value in asdict(config).items() if name not in _OF_A_MACHINE}
+    scored = {name: [pair.name for pair in images.pairs] for name, images in validation.items()}
+    check_agreement(runtime, {"valid images": scored, "resolved precision": precision, **shared})
     step = build_step(config, runtime, precision)
     if config.pretrained_model_path and not checkpoint:
         say(weights.transfer(step.generator, config.pretrained_model_path))
     batches = open_training(config, runtime, sets, usable)
-    run = Run(config, runtime, step, precision, validation, batches)
+    run = Run(config, runtime, step, precision=precision, validation=validation, batches=batches)
     if checkpoint:
         run.restore(checkpoint, path)
         del found, checkpoint  # as large as the run itself
-    check_agreement(run)
+    checksum = _checksum({**step.parts(), "ema": run.ema.network})
+    check_agreement(runtime, {"update": run.update, "training images": batches.fingerprint, "checksum of the weights": checksum})
     say(describe_run(config, runtime, step.generator, precision, run.update))
     if run.finished:
         say(f"already finished at update {run.update}; raise epochs (schedule='step'), or set another exp_name to start anew")
@@ -283,6 +288,7 @@ class Run:
         config: Config,
         runtime: Runtime,
         step: Step,
+        *,
         precision: str,
         validation: Mapping[str, dataset.EvaluationSet],
         batches: dataset.TrainBatches,
@@ -389,11 +395,12 @@ class Run:
         False if it was asked to stop before it was done; then nothing has been kept, and it remains due.
         """
         scores: dict[str, float] = {}
-        samples: dict[str, imgproc.Picture] = {}
+        samples: dict[str, imgproc.Picture] = {}  # this process's
         for name, images in self.validation.items():
             keep = _keep_samples(samples, images, self.config.upscale_factor) if not scores else None
             enlarge = functools.partial(upscale, self.ema.network)
-            found = utils.evaluate(enlarge, images, self.config.upscale_factor, self.runtime, keep, name, stop)
+            scale = self.config.upscale_factor
+            found = utils.evaluate(enlarge, images, scale, self.runtime, on_image=keep, progress=name, stop=stop)
             if found is None:
                 return False
             scores |= {f"{name}/psnr": found["psnr"], f"{name}/ssim": found["ssim"]}
@@ -410,11 +417,16 @@ class Run:
             self.save(checkpoints.BEST)
         text = ", ".join(f"{name} {scores[f'{name}/psnr']:.2f} dB / {scores[f'{name}/ssim']:.4f}" for name in self.validation)
         log.say(f"update {self.update}, {self.seconds / 60:.1f} min: {text}{f' (best by {self.config.best_metric})' if better else ''}")
+        self._write_samples(log, samples)
+        return True
+
+    def _write_samples(self, log: utils.RunLog, own: Mapping[str, imgproc.Picture]) -> None:
+        """Put the samples of all processes on one sheet."""
+        samples = {name: sample for part in self.runtime.gather(own) for name, sample in part.items()}
         if samples and self.runtime.is_main:
             sheet = np.concatenate([samples[name] for name in sorted(samples)])
             imgproc.write_image(self.config.experiment_dir / "samples" / f"{self.update:07d}.png", sheet)
             log.picture(self.update, "bicubic, SR, GT", sheet)
-        return True
 
     def save_last(self) -> None:
         """Write last.pth.tar, everything that the same command needs to go on; the one before it is kept as `keep_last` says."""
@@ -637,32 +649,24 @@ def _check_checkpoint(config: Config, checkpoint: Any, path: Path) -> None:
         raise ValueError(f"{path}: the run was started with other settings ({differences}): set them back, or set another exp_name")
 
 
-def check_agreement(run: Run) -> None:
-    """All processes must be about to do the same.
+def check_agreement(runtime: Runtime, own: Mapping[str, Any]) -> None:
+    """All processes must be about to do the same, so the same by every name.
 
     Raises:
         ValueError: one starts elsewhere, sees other images or has other settings, as where machines don't share their disks.
     """
-    own = {
-        "update": run.update,
-        "training images": run.batches.fingerprint,
-        "valid images": {name: [pair.name for pair in images.pairs] for name, images in run.validation.items()},
-        "resolved precision": run.precision,
-        "checksum of the weights": _checksum(run.step.parts()),
-        **asdict(run.config),
-    }
-    for rank, other in enumerate(run.runtime.gather(own)):
-        differing = [name for name in own.keys() - _OF_A_MACHINE if own[name] != other[name]]
+    for rank, other in enumerate(runtime.gather(dict(own))):
+        differing = [name for name in own if own[name] != other[name]]
         if differing:
             differences = "; ".join(f"{name} is {other[name]!r} and {own[name]!r}" for name in sorted(differing))
             raise ValueError(
-                f"processes {rank} and {run.runtime.rank} are about to train differently ({differences}): give all machines the same "
+                f"processes {rank} and {runtime.rank} are about to train differently ({differences}): give all machines the same "
                 "settings and images, and a results_dir on a disk that they share"
             )
 
 
 def _checksum(parts: Mapping[str, Any]) -> str:
-    """Of all tensors of the networks among a step's parts."""
+    """Of all tensors of the networks among the parts of a state."""
     networks = (part.state_dict() for part in parts.values() if isinstance(part, nn.Module))
     tensors = (tensor for state in networks for tensor in state.values())
     return f"{functools.reduce(lambda crc, tensor: zlib.crc32(tensor.cpu().contiguous().numpy().tobytes(), crc), tensors, 0):08x}"
@@ -701,11 +705,9 @@ def check_training(config: Config, runtime: Runtime, say: Callable[[str], None])
 def open_training(
     config: Config, runtime: Runtime, sets: Mapping[str, Sequence[dataset.Pair]], usable: NDArray[np.intp]
 ) -> dataset.TrainBatches:
-    """This process's share of the batches, from the store, which the main process builds where there is none yet."""
+    """This process's share of the batches, from the store, which is built once on each disk where there is none yet."""
     where = (sets, config.upscale_factor, config.degradation, config.cache_dir)
-    store = dataset.PairStore.open_or_build(*where) if runtime.is_main else None
-    runtime.wait_for_all()
-    store = store or dataset.PairStore.open_or_build(*where, progress=False)
+    store = runtime.in_turns(lambda: dataset.PairStore.open_or_build(*where, progress=runtime.is_main))
     return dataset.TrainBatches(
         store, config.batch_size, config.lr_patch_size, config.seed, usable=usable, rank=runtime.rank, world_size=runtime.world_size
     )

@@ -188,15 +188,14 @@ def _check_share(config: ImprovedConfig, runtime: Runtime) -> None:
 
 
 def _fetch_vgg19(config: ImprovedConfig, runtime: Runtime) -> None:
-    """Find or download VGG19 once, before all processes read it, and before anything is built."""
+    """Find or download VGG19, once on each disk, before all processes read it, and before anything is built."""
     if config.perceptual_weight:
         losses.check_layers(config.perceptual_layers)
     if config.perceptual_weight and config.vgg19_weights_path == "random":
         if runtime.is_main:
             print("warning: vgg19_weights_path='random': VGG19 was never trained; this is for tests, not for pictures", file=sys.stderr)
-    elif config.perceptual_weight and runtime.is_main:
-        losses.find_vgg19(config.vgg19_weights_path)
-    runtime.wait_for_all()
+    elif config.perceptual_weight:
+        runtime.in_turns(lambda: losses.find_vgg19(config.vgg19_weights_path))
 
 
 def _warn_of_what_is_seldom_meant(config: ImprovedConfig) -> None:

@@ -52,7 +52,7 @@ def upscale(
     precision = "fp32" if lr.dtype == np.uint16 else precision
     while True:
         try:
-            return _upscale(network, lr, self_ensemble, PRECISIONS[precision], strip_rows, tile, tile_overlap)
+            return _upscale(network, lr, self_ensemble, PRECISIONS[precision], strip_rows=strip_rows, tile=tile, tile_overlap=tile_overlap)
         except _NotFiniteError:
             if precision == "fp32":
                 raise ValueError(
@@ -107,7 +107,7 @@ def _affordable_rows(network: nn.Module, width: int) -> int:
 
 @torch.inference_mode()
 def _upscale(
-    network: nn.Module, lr: NDArray, self_ensemble: bool, dtype: torch.dtype, strip_rows: int | None, tile: int, tile_overlap: int
+    network: nn.Module, lr: NDArray, self_ensemble: bool, dtype: torch.dtype, *, strip_rows: int | None, tile: int, tile_overlap: int
 ) -> NDArray:
     device = next(network.parameters()).device
     peak = np.iinfo(lr.dtype).max

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ def run(main: Callable[[], None]) -> None:
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         with _signals(_terminate, "SIGTERM", "SIGUSR1"):
-            main()
+            _call_together(main)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         sentence = None if debug else _sentence(error)
         if sentence is None:
@@ -63,9 +63,22 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+
+
+def _call_together(main: Callable[[], None]) -> None:
+    """Call main, and part from the other processes where all end alike; after a mistake, they could keep this one waiting."""
+    try:
+        main()
+    except SystemExit as end:
+        if end.code == STOPPED:
+            _part()
+        raise
+    _part()
+
+
+def _part() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _sentence(error: Exception) -> str | None:
@@ -148,6 +161,8 @@ class StopRequest:
 
 # Devices and processes
 
+Found = TypeVar("Found")
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -157,6 +172,7 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
     control: Any = None
+    local_rank: int = 0  # on this machine
 
     @property
     def is_main(self) -> bool:
@@ -172,6 +188,16 @@ class Runtime:
         if self.world_size > 1:
             torch.distributed.all_gather_object(values, value, self.control)
         return values
+
+    def in_turns(self, find: Callable[[], Found]) -> Found:
+        """Call `find` in the main process, then in the first of each machine, then in the others, which find what those have made."""
+        turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
+        found = None
+        for now in range(3):
+            if now == turn:
+                found = find()
+            self.wait_for_all()
+        return found
 
 
 class Poll:
@@ -221,7 +247,7 @@ def start_runtime() -> Runtime:
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if fast else "gloo", timeout=_TIMEOUT, **place)
         patience = timedelta(hours=2)  # others wait while the main process decodes the training images
         control = torch.distributed.new_group(backend="gloo", timeout=patience)
-    return Runtime(device, rank, world_size, control)
+    return Runtime(device, rank, world_size, control, local_rank)
 
 
 _TIMEOUT = timedelta(minutes=10)  # for what goes between processes at every update
@@ -313,6 +339,7 @@ def evaluate(
     images: Sequence[tuple[str, imgproc.Picture, imgproc.Picture]],
     upscale_factor: int,
     runtime: Runtime,
+    *,
     on_image: Callable[[str, imgproc.Picture, imgproc.Picture, imgproc.Picture], None] | None = None,
     progress: str = "",
     stop: StopRequest | None = None,
@@ -327,9 +354,9 @@ def evaluate(
         stop: where it becomes true in any process, evaluating ends before the next image, and all get None.
     """
     mine = range(runtime.rank, len(images), runtime.world_size)
-    scores, seconds = {}, {}
+    scores, seconds, stopped = {}, {}, False
     for index in tqdm(mine, progress, unit="image", leave=False, disable=not (progress and runtime.is_main)):
-        if stop:
+        if stopped := bool(stop):
             break
         name, lr, gt = images[index]
         start = time.perf_counter()
@@ -341,12 +368,11 @@ def evaluate(
         }
         if on_image:
             on_image(name, lr, sr, gt)
-    parts = runtime.gather((scores, seconds))
-    scores = {name: score for part, _ in parts for name, score in part.items()}
-    seconds = {name: value for _, part in parts for name, value in part.items()}
-    if len(scores) < len(images):
+    parts = runtime.gather((stopped, scores, seconds))
+    if any(stopped for stopped, *_ in parts):
         return None
-    scores = dict(sorted(scores.items()))
+    scores = dict(sorted((name, score) for _, part, _ in parts for name, score in part.items()))
+    seconds = {name: value for *_, part in parts for name, value in part.items()}
     means = {metric: float(np.mean([score[metric] for score in scores.values()])) for metric in ("psnr", "ssim")}
     return {**means, "seconds": float(np.mean(list(seconds.values()))), "images": scores}
 

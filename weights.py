@@ -11,6 +11,7 @@ averaged copy, the prefixes of DataParallel or torch.compile) is taken off.
 
 import contextlib
 import copy
+import errno
 import importlib.util
 import io
 import json
@@ -46,6 +47,7 @@ def read(path: str | os.PathLike) -> Any:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is a folder, empty, damaged, something else, or holds code.
+        OSError, RuntimeError, MemoryError: it can't be read now, as without permission or memory; nothing is known of the file then.
     """
     path = Path(path)
     if path.is_dir():
@@ -63,6 +65,8 @@ def read(path: str | os.PathLike) -> Any:
             _check_sums(path)
             return _read_safetensors(path) if _is_safetensors(path) else torch.load(path, map_location="cpu", weights_only=True)
     except _READING_ERRORS as error:
+        if _of_the_machine(error):
+            raise
         raise ValueError(f"{path}: not a file of weights that can be read safely ({_reason(error, path)})") from None
 
 
@@ -73,6 +77,13 @@ _READING_ERRORS = (
     RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError,
     safetensors.SafetensorError, zipfile.BadZipFile, zlib.error, NotImplementedError,
 )  # fmt: skip
+
+
+def _of_the_machine(error: Exception) -> bool:
+    """Whether a file may be whole though reading it has failed; a cut one makes readers seek to where nothing is (EINVAL)."""
+    if isinstance(error, OSError):
+        return error.errno not in (None, errno.EINVAL)
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _check_sums(path: Path) -> None:

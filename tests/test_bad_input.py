@@ -180,7 +180,7 @@ def place():
     (folder / "file").write_text("not a folder")
     (folder / "read_only").mkdir()
     (folder / "read_only").chmod(0o555)
-    for taken in ("taken/a.png", "runs/folder/last.pth.tar", "runs/lock/.lock"):
+    for taken in ("taken/a.png", "runs/folder/last.pth.tar", "runs/folder2/log.jsonl", "runs/lock/.lock"):
         (folder / taken).mkdir(parents=True)
     (folder / "damaged" / "new").mkdir(parents=True)
     shutil.copy(folder / "weights" / "half.pth.tar", folder / "damaged" / "new" / "last.pth.tar")
@@ -392,8 +392,9 @@ def checkpoint_cases():
     yield Case("train.py", trained("--resume", half), (half, "it is damaged or cut off", COPY, anew))
     damaged = "damaged/new/last.pth.tar"
     yield Case("train.py", trained("--results_dir", "damaged"), (damaged, "it is damaged or cut off", anew))
-    folder = "runs/folder/last.pth.tar: is a folder, where a file of weights is needed", "set another exp_name to start anew"
-    yield Case("train.py", trained("--results_dir", "runs", "--exp_name", "folder"), folder)
+    for run, file in (("folder", "last.pth.tar"), ("folder2", "log.jsonl")):
+        folder = f"runs/{run}/{file}: is a folder, where a file of the run belongs; rename it, or set another exp_name"
+        yield Case("train.py", trained("--results_dir", "runs", "--exp_name", run), (folder,))
     nan = "weights/nan.pth.tar", "state_dict.conv1.bias in it is not finite", anew
     yield Case("train.py", trained("--resume", nan[0], "--epochs", 2), nan)
     images = "the training images have changed since the run was started", "bring the old ones back, or set another exp_name"

@@ -63,6 +63,31 @@ def test_a_last_one_that_is_not_this_runs_is_kept(tmp_path):
     checkpoints.save_last(tmp_path, state(2), None, 1)
     assert (tmp_path / "damaged_last.pth.tar").read_bytes() == b"damaged"
     assert weights.read(tmp_path / "last.pth.tar")["update"] == 2
+    for number, content in ((2, b"again"), (3, b"and again")):
+        (tmp_path / "last.pth.tar").write_bytes(content)
+        checkpoints.save_last(tmp_path, state(3), None, 1)
+        assert (tmp_path / f"damaged_last_{number}.pth.tar").read_bytes() == content
+    assert (tmp_path / "damaged_last.pth.tar").read_bytes() == b"damaged"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "Input/output error", "x"),
+        PermissionError(errno.EACCES, "Permission denied", "x"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 400 bytes"),
+        MemoryError(),
+    ],
+)
+def test_what_the_machine_fails_at_is_no_damage(tmp_path, monkeypatch, error):
+    """… so that no older checkpoint is taken, and the newest stays where it is."""
+    checkpoints.save(tmp_path / "best.pth.tar", state(1))
+    checkpoints.save(tmp_path / "last.pth.tar", state(2))
+    with monkeypatch.context() as patch, pytest.raises(type(error)) as caught:
+        patch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(error))
+        checkpoints.read_newest(checkpoints.present(tmp_path))
+    assert caught.value is error
+    assert checkpoints.read_newest(checkpoints.present(tmp_path))[1]["update"] == 2
 
 
 def test_between_the_two_renames_nothing_is_lost(tmp_path, monkeypatch):

@@ -294,6 +294,27 @@ def test_a_second_signal_leaves_at_once(tmp_path):
     assert process.returncode == 130
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_second_signal_leaves_a_training_as_its_last_checkpoint(place, tmp_path):
+    """An update of seconds, in which both signals come: the run ends without finishing it."""
+    arguments = train_arguments(3, *ENDLESS, "--data_root", place / "data", "--cache_dir", place / ".cache", "--num_workers", 0)
+    slow = ["--channels", 64, "--num_rg", 10, "--num_rcab", 20, "--batch_size", 16, "--accumulation_steps", 16]
+    process = started([sys.executable, REPOSITORY / "train.py", *arguments, *slow, "--save_every", 1, "--log_every", 1], tmp_path)
+    wait_for_log(tmp_path / "results/run/log.jsonl", 2)
+    time.sleep(0.5)  # the next one has begun
+    process.send_signal(signal.SIGTERM)
+    time.sleep(utils.StopRequest.SAME + 0.3)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert err.strip().endswith("stopped")
+    assert "Traceback" not in err
+    logged = [json.loads(line)["update"] for line in (tmp_path / "results/run/log.jsonl").read_text().splitlines()]
+    assert weights.read(tmp_path / "results/run/last.pth.tar")["update"] >= max(logged) - 1
+    assert not list(tmp_path.rglob("*.part"))
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGINT", 130)])
 def test_a_script_that_is_ended_tidies_up(tmp_path, name, code):

@@ -1,7 +1,10 @@
 """Many processes and machines: torchrun trains as one process does, and goes on when one of its processes dies."""
 
+import dataclasses
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +15,12 @@ from pathlib import Path
 import pytest
 from pytest import approx
 
+import checkpoints
 import utils
 import weights
 from config import Config
 from config_improved import ImprovedConfig
-from helpers import REPOSITORY
+from helpers import REPOSITORY, write_set
 from runs import free_port, in_processes, log_lines, same_checkpoints, small_runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")]
@@ -153,10 +157,15 @@ def test_accumulation_on_two_processes_is_the_plain_run(settings, alone):
     assert_near(alone, parts)
 
 
+def two_machines(config, *arguments):
+    """Two agents of one process each, which meet as those of two machines do."""
+    rendezvous = [f"--rdzv_endpoint=127.0.0.1:{free_port()}", f"--rdzv_id={config.exp_name}", "--local_addr=127.0.0.1"]
+    return [Torchrun(config, "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", *rendezvous, *arguments) for _ in range(2)]
+
+
 def test_two_machines_are_two_processes(settings, two):
     config = settings(exp_name="machines", valid_sets=("Valid", "Train"))
-    rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_id", "two", "--local_addr", "127.0.0.1"]
-    agents = [Torchrun(config, "--nnodes", "2", "--nproc_per_node", "1", *rendezvous) for _ in range(2)]
+    agents = two_machines(config)
     ended = [agent.finish() for agent in agents]
     assert [code for code, _ in ended] == [0, 0], ended
     assert same_checkpoints(two.experiment_dir / "last.pth.tar", config.experiment_dir / "last.pth.tar", "/provenance/command") == []
@@ -221,6 +230,38 @@ def test_a_composite_run_starts_again_with_equal_weights(place):
     assert log_lines(whole) == log_lines(config)
 
 
+def test_two_machines_start_again_when_a_process_of_one_dies(settings, whole):
+    config = settings(exp_name="machines_killed", **LONG)
+    agents = two_machines(config, "--max-restarts", "2")
+    wait_for_update(config, 70)
+    (pid,) = agents[1].ranks().values()
+    os.kill(pid, signal.SIGKILL)
+    ended = [agent.finish() for agent in agents]
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert any(f"going on from {config.experiment_dir / 'last.pth.tar'}: update " in said for _, said in ended)
+    assert same_checkpoints(whole.experiment_dir / "last.pth.tar", config.experiment_dir / "last.pth.tar", "/provenance/command") == []
+    assert log_lines(whole) == log_lines(config)
+
+
+def test_two_processes_save_by_time(settings):
+    config = settings(exp_name="by_time", **{**LONG, "epochs": 10000, "save_every": 10**6, "eval_every": 10**6, "keep_last": 3})
+    config = dataclasses.replace(config, save_every_minutes=0.01)
+    agent = Torchrun(config, "--standalone", "--nproc_per_node", "2")
+    last, seen = config.experiment_dir / "last.pth.tar", set()
+    for _ in range(900):
+        if last.exists():
+            seen.add(last.stat().st_mtime_ns)
+        if len(seen) > 4:
+            break
+        time.sleep(0.1)
+    agent.process.send_signal(signal.SIGTERM)
+    agent.finish(timeout=30)
+    updates = [weights.read(path)["update"] for path in checkpoints.present(config.experiment_dir) if path.name != checkpoints.BEST]
+    assert len(seen) > 4
+    assert len(updates) == 4
+    assert all(newer - older > 1 for newer, older in itertools.pairwise(updates[1:]))  # not twice for one passing of time
+
+
 def test_torchrun_that_is_told_to_stop_saves_the_run(settings):
     config = settings(exp_name="told", **{**LONG, "epochs": 10000, "save_every": 10**6, "eval_every": 10**6})
     agent = Torchrun(config, "--standalone", "--nproc_per_node", "2")
@@ -243,6 +284,72 @@ def test_processes_that_would_train_differently_refuse(settings):
     assert not config.experiment_dir.exists()
 
 
+OTHERWISE = """
+import os, sys, train, utils
+from config import Config
+rank, real = int(os.environ["RANK"]), train.Run.restore
+def restore(run, *found):
+    real(run, *found)
+    {change}
+train.Run.restore = restore
+utils.run(lambda: train.train(eval(sys.argv[1]), train.PixelStep))
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "differing"),
+    [
+        ("run.update += rank", r"update is 11 and 10"),
+        ("run.step.generator.get_parameter('conv1.bias').data.add_(rank)", r"checksum of the weights is '\w{8}' and '\w{8}'"),
+        ("run.ema.network.get_parameter('conv1.bias').data.add_(rank)", r"checksum of the weights is '\w{8}' and '\w{8}'"),
+    ],
+)
+def test_processes_that_start_elsewhere_refuse(settings, tmp_path, change, differing):
+    import train
+
+    assert train.train(settings(exp_name="start", results_dir=str(tmp_path), epochs=1), train.PixelStep)
+    before = (tmp_path / "start" / "last.pth.tar").read_bytes()
+    with pytest.raises(AssertionError, match=rf"are about to train differently \({differing}\): give all machines the same"):
+        in_processes(OTHERWISE.format(change=change), repr(settings(exp_name="start", results_dir=str(tmp_path))))
+    assert (tmp_path / "start" / "last.pth.tar").read_bytes() == before
+
+
+def test_machines_with_other_pictures_refuse(settings, tmp_path):
+    config = settings(exp_name="pictures", results_dir=str(tmp_path / "results"))
+    for name, seed, sizes in (("train", 5, [(32, 36), (28, 30)]), ("valid", 9, [(32, 36)])):
+        shutil.copytree(config.data_root, tmp_path / name)
+        folder = tmp_path / name / name.title()
+        shutil.rmtree(folder)
+        write_set(folder, sizes, seed=seed)
+    code = TRAIN.replace("eval(sys.argv[1])", "eval(sys.argv[1 + int(__import__('os').environ['RANK'])])")
+    for name, differing in (("train", "training images is '"), ("valid", r"valid images is \{'Valid': \['")):
+        other = dataclasses.replace(config, data_root=str(tmp_path / name), cache_dir=str(tmp_path / f"cache_{name}"))
+        with pytest.raises(AssertionError, match=rf"are about to train differently \({differing}.*\): give all machines the same"):
+            in_processes(code, repr(config), repr(other))
+    assert not config.experiment_dir.exists()
+
+
+def test_machines_with_disks_of_their_own_build_the_store_once_each(settings, tmp_path):
+    """Four processes on two machines: the main one, then the first of the other, then all the rest, who find it built."""
+    code = """
+import os, sys, dataclasses, dataset, train, utils
+from config import Config
+rank = int(os.environ["RANK"])
+os.environ["LOCAL_RANK"] = str(rank % 2)
+config = eval(sys.argv[1])
+config = dataclasses.replace(config, cache_dir=f"{config.cache_dir}/machine{rank // 2}")
+real = dataset._build
+def build(*arguments):
+    print("built", end="")
+    return real(*arguments)
+dataset._build = build
+utils.run(lambda: train.train(config, train.PixelStep))
+"""
+    config = settings(exp_name="caches", cache_dir=str(tmp_path), results_dir=str(tmp_path / "results"), epochs=1, eval_every=100)
+    said = in_processes(code, repr(config), count=4)
+    assert [part.count("built") for part in said] == [1, 0, 1, 0]
+
+
 def test_evaluation_is_spread_and_gives_the_same_table(place):
     code = """
 import sys, torch, utils, imgproc
@@ -251,7 +358,7 @@ runtime = utils.start_runtime()
 gts = [drawn_picture(40, 44, seed) for seed in range(5)]
 images = [(name, imgproc.degrade(gt, 2), gt) for name, gt in zip("cabed", gts)]
 seen = []
-scores = utils.evaluate(lambda lr: imgproc.imresize(lr, 2), images, 2, runtime, lambda name, *_: seen.append(name))
+scores = utils.evaluate(lambda lr: imgproc.imresize(lr, 2), images, 2, runtime, on_image=lambda name, *_: seen.append(name))
 print({name: scores[name] for name in ("psnr", "ssim", "images")}, "|", "".join(seen))
 """
     code = f"import sys; sys.path.append({str(REPOSITORY / 'tests')!r})\n{code}"

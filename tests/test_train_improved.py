@@ -301,7 +301,7 @@ def test_a_composite_run_does_not_go_on_from_an_l1_run(settings):
 @pytest.mark.parametrize(("metric", "best"), [("newest", 6), ("psnr", 2), ("ssim", 4)])
 def test_best_is_judged_by_the_metric_that_is_named(settings, monkeypatch, metric, best):
     scores = iter([{"psnr": 30.0, "ssim": 0.5}, {"psnr": 29.0, "ssim": 0.9}, {"psnr": 28.0, "ssim": 0.6}])
-    monkeypatch.setattr(utils, "evaluate", lambda *_: next(scores))
+    monkeypatch.setattr(utils, "evaluate", lambda *_, **__: next(scores))
     config = settings(best_metric=metric, use_composite_loss=False)
     train.train(config, train.PixelStep)
     found = weights.read(config.experiment_dir / "best.pth.tar")

@@ -69,12 +69,25 @@ def test_evaluate_means_over_pictures():
     gts = [drawn_picture(40, 44, seed) for seed in range(3)]
     images = [(name, imgproc.degrade(gt, 2), gt) for name, gt in zip("cab", gts, strict=True)]
     seen = []
-    scores = utils.evaluate(lambda lr: imgproc.imresize(lr, 2), images, 2, CPU, lambda name, lr, sr, gt: seen.append((name, sr)))
+    scores = utils.evaluate(lambda lr: imgproc.imresize(lr, 2), images, 2, CPU, on_image=lambda name, lr, sr, gt: seen.append((name, sr)))
     assert list(scores["images"]) == ["a", "b", "c"]
     expected = {name: imgproc.psnr(imgproc.imresize(lr, 2), gt, 2) for name, lr, gt in images}
     assert {name: score["psnr"] for name, score in scores["images"].items()} == expected
     assert scores["psnr"] == approx(sum(expected.values()) / 3, abs=1e-12)
     assert scores["ssim"] == approx(np.mean([imgproc.ssim(sr, gt, 2) for (_, sr), gt in zip(seen, gts, strict=True)]))
+
+
+def test_a_stop_that_comes_with_the_last_picture_loses_no_scores():
+    images = [(name, drawn_picture(20, 20, 1), drawn_picture(40, 40, 1)) for name in "ab"]
+    stop = utils.StopRequest()
+
+    def request(name, *_):
+        stop.requested = 1.0 if name == last else None
+
+    last = "b"
+    assert utils.evaluate(lambda lr: imgproc.imresize(lr, 2), images, 2, CPU, on_image=request, stop=stop)["psnr"] > 0
+    last, stop.requested = "a", None
+    assert utils.evaluate(lambda lr: imgproc.imresize(lr, 2), images, 2, CPU, on_image=request, stop=stop) is None
 
 
 # Random generators
