@@ -86,7 +86,7 @@ def test_a_folder_is_used_by_one_process(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_what_a_holder_has_forked_does_not_hold(tmp_path):
-    forked = HOLD.replace("print('held', flush=True)", "child = __import__('os').fork(); child and print(f'held\\n{child}', flush=True)")
+    forked = HOLD.replace("print('held', flush=True)", "import os; child = os.fork(); child and os.write(1, b'held\\n%d\\n' % child)")
     process = holder(tmp_path / "run", forked)
     process.send_signal(signal.SIGKILL)
     process.wait()
