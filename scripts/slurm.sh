@@ -27,7 +27,7 @@ srun torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "${SLURM_GPUS_ON_
   --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID" --rdzv_endpoint "$first:$port" "$script" "$@" &
 training=$!
 warned=
-trap 'warned=1; kill -TERM $training' USR1 TERM # which torchrun hands on, and waits 30 seconds for
+trap 'warned=1; kill -TERM $training' USR1 TERM # which torchrun hands on, and waits 30 seconds for; it doesn't know USR1
 wait $training
 code=$?
 if [ -n "$warned" ]; then
