@@ -16,6 +16,7 @@ import pytest
 from pytest import approx
 
 import checkpoints
+import imgproc
 import utils
 import weights
 from config import Config
@@ -136,6 +137,10 @@ def test_one_with_eight_patches_is_two_with_four_is_four_with_two(settings, alon
     torchrun(four, 4)
     assert_near(alone, two)
     assert_near(alone, four)
+    for sheet in sorted((alone.experiment_dir / "samples").iterdir()):  # the same pictures, whoever has scored them
+        pixels, others = (imgproc.read_image(folder / sheet.name).astype(int) for folder in (sheet.parent, two.experiment_dir / "samples"))
+        assert pixels.shape == others.shape == (2 * 128, 3 * 128, 3)
+        assert abs(pixels - others).max() <= 1
 
 
 def test_checkpoints_carry_over_between_numbers_of_processes(settings, alone):
