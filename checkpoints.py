@@ -98,7 +98,7 @@ def read_newest(paths: list[Path]) -> tuple[Path, Any, list[str]]:
     problems: list[str] = []
     whole: list[tuple[Path, Any]] = []
     for path in paths:
-        if whole and (not problems or path.name != BEST):  # the best one may be newer than the newest numbered one
+        if whole and (whole[0][0].name == LAST or path.name != BEST):  # the best one may be newer than the newest numbered one
             continue
         try:
             found = weights.read(path)

@@ -207,9 +207,12 @@ def absent_sets(data_root: str | os.PathLike, names: Sequence[str]) -> list[str]
 
 
 def open_test_sets(
-    data_root: str | os.PathLike, names: Sequence[str], upscale_factor: int, degradation: str = "BI"
+    data_root: str | os.PathLike, names: Sequence[str], upscale_factor: int, degradation: str = "BI", *, decode: bool = True
 ) -> dict[str, EvaluationSet]:
     """The sets to score, by name, all found, measured and decoded once before the first is scored.
+
+    Args:
+        decode: False where another process of this machine does that.
 
     Raises:
         FileNotFoundError: a set is missing.
@@ -233,7 +236,8 @@ def open_test_sets(
                     f"SSIM's window needs {2 * upscale_factor + imgproc.SSIM_WINDOW}; remove it"
                 )
         sets[folder.name] = EvaluationSet(pairs, upscale_factor, degradation)
-    _check_pixels([file for images in sets.values() for pair in images.pairs for file in (pair.gt, pair.lr) if file])
+    if decode:
+        _check_pixels([file for images in sets.values() for pair in images.pairs for file in (pair.gt, pair.lr) if file])
     return sets
 
 

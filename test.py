@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(set(names)) < len(names) or len(networks) < len(config.weights_paths):
         raise ValueError(f"model_path={config.model_path!r}: two would be filed under one name ({', '.join(names)}); rename one")
     present, absent = find_sets(config)
-    sets = {path: dataset.open_test_sets(config.data_root, present, network.upscale_factor, config.degradation)
+    first = runtime.local_rank == 0
+    sets = {path: dataset.open_test_sets(config.data_root, present, network.upscale_factor, config.degradation, decode=first)
             for path, network in networks.items()}  # fmt: skip
     if runtime.is_main:
         for path in networks:

@@ -174,7 +174,7 @@ class UpdateGuard(nn.Module):
         self.threshold = threshold
         self.world_size = world_size
         self.register_buffer("in_a_row", torch.zeros(()))  # updates skipped, up to now
-        self.register_buffer("longest", torch.zeros(()))  # such a row since it was last looked at
+        self.register_buffer("longest", torch.zeros(()), persistent=False)  # such a row since it was last looked at, as before each save
         self.register_buffer("accepted", torch.zeros(()))  # updates, up to LONG
         self.register_buffer("running_loss", torch.zeros(()))
 
@@ -256,13 +256,12 @@ def _train(config: Config, build_step: Callable[[Config, Runtime, str], Step], r
     checkpoints.check_folder(config.experiment_dir)
     found = find_checkpoint(config, say)
     path, checkpoint = found or (None, None)
-    validation = open_validation(config, say)
+    validation = open_validation(config, runtime, say)
     sets, usable = check_training(config, runtime, say)
     utils.seed_everything(config.seed)
     precision = checkpoint["precision"] if checkpoint else utils.choose_precision(config.precision, runtime.device)
-    shared = {name: value for name, value in asdict(config).items() if name not in _OF_A_MACHINE}
     scored = {name: [pair.name for pair in images.pairs] for name, images in validation.items()}
-    check_agreement(runtime, {"valid images": scored, "resolved precision": precision, **shared})
+    check_agreement(runtime, {"valid images": scored, "resolved precision": precision, **_shared_settings(config)})
     step = build_step(config, runtime, precision)
     if config.pretrained_model_path and not checkpoint:
         say(weights.transfer(step.generator, config.pretrained_model_path))
@@ -479,7 +478,13 @@ class Run:
         if missing:
             raise ValueError(f"{path}: lacks {', '.join(sorted(missing))}; to start from its weights, set pretrained_model_path")
         for name, part in self.step.parts().items():
-            part.load_state_dict(checkpoint[name])
+            try:
+                part.load_state_dict(checkpoint[name])
+            except (RuntimeError, ValueError, KeyError) as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(
+                    f"{path}: its {name} is not as this version writes it ({reason}); to start from its weights, set pretrained_model_path"
+                ) from None
         self.ema.network.load_state_dict(checkpoint["ema_state_dict"])
         self.meter.load_state_dict(checkpoint["meter"])
         self.update, self.evaluated, self.seconds = checkpoint["update"], checkpoint["evaluated"], checkpoint["seconds"]
@@ -656,13 +661,19 @@ def check_agreement(runtime: Runtime, own: Mapping[str, Any]) -> None:
         ValueError: one starts elsewhere, sees other images or has other settings, as where machines don't share their disks.
     """
     for rank, other in enumerate(runtime.gather(dict(own))):
-        differing = [name for name in own if own[name] != other[name]]
+        differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
         if differing:
-            differences = "; ".join(f"{name} is {other[name]!r} and {own[name]!r}" for name in sorted(differing))
+            differences = "; ".join(f"{name} is {other.get(name)!r} and {own.get(name)!r}" for name in differing)
             raise ValueError(
                 f"processes {rank} and {runtime.rank} are about to train differently ({differences}): give all machines the same "
                 "settings and images, and a results_dir on a disk that they share"
             )
+
+
+def _shared_settings(config: Config) -> dict[str, Any]:
+    """What has to be the same in all processes; VGG19 may lie elsewhere, but not be drawn at random in one of them."""
+    settings = {name: value for name, value in asdict(config).items() if name not in _OF_A_MACHINE}
+    return {**settings, "settings": type(config).__name__, "random VGG19": getattr(config, "vgg19_weights_path", "") == "random"}
 
 
 def _checksum(parts: Mapping[str, Any]) -> str:
@@ -672,9 +683,10 @@ def _checksum(parts: Mapping[str, Any]) -> str:
     return f"{functools.reduce(lambda crc, tensor: zlib.crc32(tensor.cpu().contiguous().numpy().tobytes(), crc), tensors, 0):08x}"
 
 
-def open_validation(config: Config, say: Callable[[str], None]) -> dict[str, dataset.EvaluationSet]:
+def open_validation(config: Config, runtime: Runtime, say: Callable[[str], None]) -> dict[str, dataset.EvaluationSet]:
     """The sets to score during training, each checked and described."""
-    sets = dataset.open_test_sets(config.data_root, config.valid_sets, config.upscale_factor, config.degradation)
+    first = runtime.local_rank == 0
+    sets = dataset.open_test_sets(config.data_root, config.valid_sets, config.upscale_factor, config.degradation, decode=first)
     for name, images in sets.items():
         say(dataset.describe_pairs("valid", name, images.pairs))
     return sets

@@ -180,7 +180,10 @@ class Runtime:
 
     def wait_for_all(self) -> None:
         if self.world_size > 1:
-            torch.distributed.barrier(self.control)
+            waiting = torch.distributed.barrier(self.control, async_op=True)
+            while not waiting.is_completed():  # looking again and again, as a signal reaches Python alone
+                time.sleep(0.005)
+            waiting.wait()  # which says what went wrong
 
     def gather(self, value: Any) -> list[Any]:
         """The value of each process, in all of them."""

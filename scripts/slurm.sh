@@ -23,15 +23,23 @@ case "${1:-}" in *.py) script=$1; shift ;; esac
 first=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?is set by sbatch: run this with sbatch}" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000)) # so that two jobs on one node don't meet
 
-srun torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-1}" --max-restarts 3 \
+# On each node. torchrun hands TERM on to the training and waits 30 seconds for it; it doesn't know USR1, which would end it
+task='
+  (trap "" USR1; exec torchrun "$@") &
+  training=$!
+  trap "trap : USR1 TERM; kill -TERM $training" USR1 TERM # once, as a second one would leave without saving
+  while kill -0 $training 2>/dev/null; do wait $training; done
+  wait $training'
+
+srun bash -c "$task" training --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-1}" --max-restarts 3 \
   --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID" --rdzv_endpoint "$first:$port" "$script" "$@" &
-training=$!
+step=$!
 warned=
-trap 'warned=1; kill -TERM $training' USR1 TERM # which torchrun hands on, and waits 30 seconds for; it doesn't know USR1
-wait $training
+trap 'trap : USR1 TERM; warned=1; kill -USR1 $step' USR1 TERM # srun hands USR1 on, but ends the step at once at TERM
+while kill -0 $step 2>/dev/null; do wait $step; done # which a signal interrupts
+wait $step
 code=$?
-if [ -n "$warned" ]; then
-  wait $training # the first was interrupted by the signal
+if [ -n "$warned" ] && [ $code -ne 0 ]; then
   scontrol requeue "$SLURM_JOB_ID"
   exit 0
 fi

@@ -128,6 +128,8 @@ def test_the_best_one_is_taken_where_it_is_newer(tmp_path):
     assert checkpoints.read_newest(checkpoints.present(tmp_path))[1]["update"] == 30
     (tmp_path / "last.pth.tar").write_bytes(b"PK")
     assert checkpoints.read_newest(checkpoints.present(tmp_path))[1]["update"] == 20
+    (tmp_path / "last.pth.tar").unlink()
+    assert checkpoints.read_newest(checkpoints.present(tmp_path))[1]["update"] == 20
 
 
 def test_later_ones_of_a_run_gone_back_on_keep_nothing_from_being_kept(tmp_path):

@@ -113,6 +113,15 @@ def test_names_that_end_like_a_scale_stay_whole(tmp_path, lr_name):
     assert [(pair.name, pair.lr.stem) for pair in find_pairs(tmp_path, 4)] == [("matrix4", lr_name)]
 
 
+def test_scored_pictures_are_decoded_first_by_one_process_of_a_machine(tmp_path):
+    write_set(tmp_path / "Set", [(40, 44), (40, 44)])
+    path = sorted((tmp_path / "Set" / "GT").iterdir())[1]
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=rf"{path.name}: the image is damaged or cut off"):
+        dataset.open_test_sets(tmp_path, ["Set"], 2)
+    assert len(dataset.open_test_sets(tmp_path, ["Set"], 2, decode=False)["Set"]) == 2
+
+
 def test_test_sets_are_checked_before_the_first_is_scored(tmp_path):
     write_set(tmp_path / "a" / "Set", [(24, 24)])
     write_set(tmp_path / "b" / "Set", [(24, 18)])

@@ -349,16 +349,26 @@ def test_a_data_worker_that_is_killed_ends_the_run_with_a_sentence(place, tmp_pa
     assert weights.read(tmp_path / "results/run/last.pth.tar")["update"] > 0
 
 
+SRUN = """
+setsid "$@" &
+task=$!
+trap 'kill -USR1 -- -$task' USR1
+trap 'kill -KILL -- -$task' TERM
+while kill -0 $task 2>/dev/null; do wait $task; done
+wait $task
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_the_slurm_script_saves_and_queues_up_again(place, tmp_path):
-    """With stand-ins for SLURM's programs: srun runs what it is given, scontrol writes down what it is asked for."""
+    """With stand-ins for SLURM's programs: srun hands USR1 on and ends all at TERM, scontrol writes down what it is asked for."""
     for name, text in {
-        "srun": 'exec "$@"',
+        "srun": SRUN,
         "scontrol": 'echo "$@" >> asked.txt; [ "$1" = show ] && echo 127.0.0.1; true',
     }.items():
         (tmp_path / "bin").mkdir(exist_ok=True)
-        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     for script in ("bin/activate", "bin/torchrun"):
         if not (Path(sys.prefix) / script).exists():
@@ -371,6 +381,8 @@ def test_the_slurm_script_saves_and_queues_up_again(place, tmp_path):
     process = started(["bash", REPOSITORY / "scripts/slurm.sh", REPOSITORY / "train.py", *arguments], tmp_path, **environment)
     wait_for_log(tmp_path / "results/run/log.jsonl")
     process.send_signal(signal.SIGUSR1)
+    time.sleep(utils.StopRequest.SAME + 0.2)
+    process.send_signal(signal.SIGTERM)  # which is neither handed on, nor queues up before the run has ended
     out, err = process.communicate(timeout=90)
     assert process.returncode == 0, err
     assert "stopped and saved; the same command goes on from here" in out

@@ -278,15 +278,27 @@ def test_torchrun_that_is_told_to_stop_saves_the_run(settings):
     assert not agent.ranks()
 
 
-TRAIN = "import sys, train, utils; from config import Config; utils.run(lambda: train.train(eval(sys.argv[1]), train.PixelStep))"
+OF_EACH = """
+import os, sys, train, train_improved, utils
+from config import Config
+from config_improved import ImprovedConfig
+utils.run(lambda: train.train(eval(sys.argv[1 + int(os.environ["RANK"])]), train.PixelStep))
+"""
 
 
 def test_processes_that_would_train_differently_refuse(settings):
     config = settings(exp_name="differ")
-    code = TRAIN.replace("eval(sys.argv[1])", "eval(sys.argv[1].replace('seed=0', f'seed={__import__(\"os\").environ[\"RANK\"]}'))")
     with pytest.raises(AssertionError, match=r"are about to train differently \(seed is 1 and 0\): give all machines the same settings"):
-        in_processes(code, repr(config))
+        in_processes(OF_EACH, repr(config), repr(dataclasses.replace(config, seed=1)))
     assert not config.experiment_dir.exists()
+
+
+def test_a_vgg19_that_is_random_in_one_process_is_refused(place):
+    changes = {"model_arch_name": "rcan_cbam_x2", "use_composite_loss": True, "adversarial_weight": 0.0, "lr_patch_size": 16}
+    config = small_runs(ImprovedConfig, place)(exp_name="one_random", vgg19_weights_path="random", small_images="skip", **changes)
+    code = OF_EACH.replace("train.PixelStep", "train_improved.AdversarialStep")
+    with pytest.raises(AssertionError, match=r"are about to train differently \(random VGG19 is False and True\)"):
+        in_processes(code, repr(config), repr(dataclasses.replace(config, vgg19_weights_path="a.pth")))
 
 
 OTHERWISE = """
@@ -326,12 +338,37 @@ def test_machines_with_other_pictures_refuse(settings, tmp_path):
         folder = tmp_path / name / name.title()
         shutil.rmtree(folder)
         write_set(folder, sizes, seed=seed)
-    code = TRAIN.replace("eval(sys.argv[1])", "eval(sys.argv[1 + int(__import__('os').environ['RANK'])])")
     for name, differing in (("train", "training images is '"), ("valid", r"valid images is \{'Valid': \['")):
         other = dataclasses.replace(config, data_root=str(tmp_path / name), cache_dir=str(tmp_path / f"cache_{name}"))
         with pytest.raises(AssertionError, match=rf"are about to train differently \({differing}.*\): give all machines the same"):
-            in_processes(code, repr(config), repr(other))
+            in_processes(OF_EACH, repr(config), repr(other))
     assert not config.experiment_dir.exists()
+
+
+def test_one_that_waits_for_another_can_be_ended(place):
+    code = """
+import os, signal, threading, time, utils
+runtime = utils.start_runtime()
+runtime.wait_for_all()
+start = time.monotonic()
+if runtime.rank == 0:
+    time.sleep(8)
+else:
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    try:
+        utils.run(lambda: runtime.in_turns(int))
+    except SystemExit as end:
+        print(end.code, time.monotonic() - start < 5)
+"""
+    assert [said.strip() for said in in_processes(code)] == ["", "143 True"]
+
+
+def test_train_and_train_improved_together_are_refused(place):
+    other = small_runs(ImprovedConfig, place)(exp_name="both", model_arch_name="rcan_cbam_x2", use_composite_loss=False)
+    both = small_runs(Config, place)(exp_name="both")
+    with pytest.raises(AssertionError, match="settings is 'ImprovedConfig' and 'Config'") as caught:
+        in_processes(OF_EACH, repr(both), repr(other))
+    assert "Traceback" not in str(caught.value)
 
 
 def test_machines_with_disks_of_their_own_build_the_store_once_each(settings, tmp_path):

@@ -97,7 +97,7 @@ def test_the_averaged_weights_are_scored_and_saved(settings):
     assert not torch.equal(checkpoint["state_dict"]["conv1.weight"], checkpoint["ema_state_dict"]["conv1.weight"])
     network = weights.load(config.experiment_dir / "last.pth.tar")
     assert torch.equal(network.conv1.weight, checkpoint["ema_state_dict"]["conv1.weight"])
-    images = train.open_validation(config, lambda _: None)["Valid"]
+    images = train.open_validation(config, CPU, lambda _: None)["Valid"]
     scores = utils.evaluate(lambda lr: upscale(network, lr), images, 2, CPU)
     assert log_lines(config)[-1]["Valid/psnr"] == approx(scores["psnr"], abs=1e-6)
 
@@ -169,6 +169,19 @@ def poison(monkeypatch, *updates, factor=math.nan):
     monkeypatch.setattr(train.PixelStep, "__call__", poisoned)
 
 
+def test_a_checkpoint_of_another_version_is_refused_in_a_sentence(settings):
+    config = settings(epochs=1)
+    assert train.train(config, train.PixelStep)
+    path = config.experiment_dir / "last.pth.tar"
+    state = weights.read(path)
+    state["guard"]["new"] = torch.zeros(())
+    torch.save(state, path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"last\.pth\.tar: its guard is not as this version writes it \(.*Unexpected key.*\); to start"):
+        train.train(settings(epochs=2), train.PixelStep)
+    assert path.read_bytes() == before
+
+
 def test_a_skipped_update_leaves_the_whole_run_as_it_was(settings, monkeypatch):
     """Weights, Adam's moments and steps, averaged weights: bit for bit those of the update before."""
     poison(monkeypatch, 3, 4)
@@ -176,7 +189,7 @@ def test_a_skipped_update_leaves_the_whole_run_as_it_was(settings, monkeypatch):
     assert train.train(config, train.PixelStep)
     before, after = config.experiment_dir / "update_0000002.pth.tar", config.experiment_dir / "last.pth.tar"
     assert weights.read(after)["update"] == 4
-    progress = ("/epoch", "/update", "/evaluated", "/scheduler", "/best", "/guard/in_a_row", "/guard/longest")
+    progress = ("/epoch", "/update", "/evaluated", "/scheduler", "/best", "/guard/in_a_row")
     found = same_checkpoints(before, after, "/meter", *progress)
     assert found == []
     (report,) = (line for line in log_lines(config) if "loss/l1" in line)
