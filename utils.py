@@ -66,19 +66,18 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _call_together(main: Callable[[], None]) -> None:
-    """Call main, and part from the other processes where all end alike; after a mistake, they could keep this one waiting."""
+    """Call main, and part from the other processes; NCCL, after a mistake of one, could keep it waiting for them."""
+    alike = False
     try:
         main()
+        alike = True
     except SystemExit as end:
-        if end.code == STOPPED:
-            _part()
+        alike = end.code == STOPPED
         raise
-    _part()
-
-
-def _part() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    finally:
+        started = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if started and (alike or torch.distributed.get_backend() == "gloo"):
+            torch.distributed.destroy_process_group()
 
 
 def _sentence(error: Exception) -> str | None:

@@ -353,6 +353,7 @@ runtime.wait_for_all()
 start = time.monotonic()
 if runtime.rank == 0:
     time.sleep(8)
+    utils.run(lambda: None)  # which leaves the group
 else:
     threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
     try:
@@ -402,6 +403,7 @@ images = [(name, imgproc.degrade(gt, 2), gt) for name, gt in zip("cabed", gts)]
 seen = []
 scores = utils.evaluate(lambda lr: imgproc.imresize(lr, 2), images, 2, runtime, on_image=lambda name, *_: seen.append(name))
 print({name: scores[name] for name in ("psnr", "ssim", "images")}, "|", "".join(seen))
+utils.run(lambda: None)  # which leaves the group
 """
     code = f"import sys; sys.path.append({str(REPOSITORY / 'tests')!r})\n{code}"
     (single,), pair = in_processes(code, count=1), in_processes(code, count=2)
@@ -416,6 +418,7 @@ runtime = utils.start_runtime()
 poll = utils.Poll(runtime)
 heard = [poll(update == 1 and runtime.rank == 1, update == 2) for update in range(4)]
 print(heard, poll.finish(), poll.finish())
+utils.run(lambda: None)  # which leaves the group
 """
     expected = "[[False, False], [False, False], [True, False], [False, True]] [False, False] []"
     assert [said.strip() for said in in_processes(code)] == [expected] * 2
