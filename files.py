@@ -1,8 +1,8 @@
 """Files that can be relied on: written whole or not at all, one process at a time in a folder, and what went wrong in words.
 
-    write_whole(path, data)                 # the old file or the new one, also after a crash; never half of one
-    with FolderLock(folder): …              # a second training of the same run is refused
-    print(explain(error))                   # "results/x: there is no room left on its disk; make room, or …"
+write_whole(path, data)                 # the old file or the new one, also after a crash; never half of one
+with FolderLock(folder): …              # a second training of the same run is refused
+print(explain(error))                   # "results/x: there is no room left on its disk; make room, or …"
 """
 
 import contextlib

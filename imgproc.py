@@ -8,292 +8,21 @@ An image is RGB uint8, (H, W, 3), everywhere in this file.
 """
 
 import math
-import os
-import re
-import struct
-import warnings
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache, partial
-from pathlib import Path
-from typing import BinaryIO
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from scipy import ndimage, sparse
 
-import files
+from image_files import RGB
+from image_files import read_image as read_image  # stable names: other programs call imgproc.read_image and imgproc.write_image
+from image_files import write_image as write_image
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-MAX_PIXELS = 110_000_000  # a photograph of 102 megapixels fits, and no picture of 8 bits takes 1 GB to be read
-KINDS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")  # Pillow's other kinds may start programs, as EPS does
 DEGRADATIONS = ("BI", "BD", "DN")
 SSIM_WINDOW = 11  # pixels
 
 cv2.setNumThreads(0)  # its threads do not survive a fork, as in workers; each call here is too small to gain from them
-_silence = getattr(getattr(cv2.utils, "logging", cv2), "setLogLevel", None)  # OpenCV has had it in two places
-if _silence:
-    _silence(0)  # about damaged files, of which an error tells
-
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is checked instead
-warnings.filterwarnings("ignore", module=r"PIL\.")  # as above
-
-# What the decoders raise for broken data
-DECODING_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, ArithmeticError, EOFError, LookupError, struct.error, zlib.error, cv2.error,
-)  # fmt: skip
-
-NO_MEMORY = "there is too little memory to read it; free some, or copy the file again if it is damaged"
-
-# What a byte of a file can hold at most: a run of deflate takes 2 bits for 258 bytes, an LZW code 9 for 4096, a run of PackBits
-# 2 bytes for 128, and a JPEG's block of 64 pixels 1 bit
-_PIXELS_A_BYTE = {
-    "PNG": 8 * 1032, "JPEG": 512, "MPO": 512, "BMP 0": 8, "TIFF 1": 8, "TIFF 5": 8 * 3641, "TIFF 7": 512, "TIFF 8": 8 * 1032,
-    "TIFF 32773": 8 * 64, "TIFF 32946": 8 * 1032,
-}  # fmt: skip
-
-# WebP's decoder takes three times the memory of the others, that of BMP with runs as much time for 10 megapixels as others for 110
-_MAX_PIXELS_OF = {"WEBP": 40_000_000, "BMP 1": 10_000_000, "BMP 2": 10_000_000}
-
-Picture = NDArray[np.uint8]  # (H, W, 3), RGB
-
-
-# Files
-
-
-def read_image(path: str | os.PathLike) -> Picture:
-    """Read an image file as RGB uint8 (H, W, 3), whatever it holds.
-
-    Gray and palette become RGB, 16 bits are rounded to 8, alpha is dropped; of orientation tags, only TIFF's own is applied.
-    Any path that the system allows is read, also a non-ASCII one.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is empty, cut off, no image, or has more than `MAX_PIXELS`. The message names the file.
-    """
-    with open_file(path) as file, _named_errors(path):
-        return _decode(file)
-
-
-def image_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(height, width) from the file's header alone, without decoding.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is empty, no image, or has more than `MAX_PIXELS`. The message names it.
-    """
-    with open_file(path) as file, _named_errors(path):
-        try:
-            with open_header(file) as image:
-                return image.height, image.width
-        except UnidentifiedImageError:
-            return _deep_tiff_size(file)
-
-
-def write_image(path: str | os.PathLike, image: Picture) -> None:
-    """Write RGB uint8 (H, W, 3) in the format that the name's ending says; folders are made, and no half file is left.
-
-    Raises:
-        ValueError: not such an image, or an unknown ending.
-    """
-    path = Path(path)
-    _check_image(image, "image")
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"{path}: unknown ending {path.suffix!r}; known are {', '.join(IMAGE_SUFFIXES)}")
-    done, encoded = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-    assert done
-    write_bytes(path, encoded.tobytes())
-
-
-def open_file(path: str | os.PathLike) -> BinaryIO:
-    """A picture file, to be read.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is empty.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    if not path.stat().st_size:
-        raise ValueError(f"{path}: the file is empty; copy or download it again")
-    return path.open("rb")
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a picture file whole or not at all; folders are made."""
-    files.write_whole(path, data, durable=False)
-
-
-def list_images(folder: str | os.PathLike) -> list[Path]:
-    """The image files of `folder`, sorted by name; hidden files and other endings are passed over."""
-    visible = (file for file in Path(folder).iterdir() if not file.name.startswith("."))
-    return sorted(file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-
-
-class TooLargeError(ValueError):
-    """A picture that takes too much memory; the message says what to do."""
-
-
-@contextmanager
-def _named_errors(path: str | os.PathLike) -> Iterator[None]:
-    try:
-        yield
-    except TooLargeError as error:
-        raise ValueError(f"{path}: {error}") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{path}: not an image that can be read here; known are {', '.join(IMAGE_SUFFIXES)}") from None
-    except MemoryError:
-        raise ValueError(f"{path}: {NO_MEMORY}") from None
-    except DECODING_ERRORS as error:
-        raise ValueError(f"{path}: the image is damaged or cut off ({one_line(error)}); copy or download it again") from None
-
-
-def one_line(error: Exception) -> str:
-    """What a decoder says, for a sentence."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def open_header(file: BinaryIO) -> Image.Image:
-    """A picture by Pillow, not decoded, of a size that is worth trying.
-
-    Raises:
-        UnidentifiedImageError: Pillow doesn't know it.
-        TooLargeError: it has more than `MAX_PIXELS`.
-        ValueError: its bytes can't hold so many pixels; or one of `DECODING_ERRORS`.
-    """
-    file.seek(0)
-    try:
-        image = Image.open(file, formats=KINDS)
-    except Image.DecompressionBombError as error:  # beyond Pillow's own limit
-        count = re.search(r"\d+", str(error))
-        raise TooLargeError(_too_large(MAX_PIXELS, f"it has {int(count[0]):,}" if count else "it has far more")) from None
-    kind = image.format
-    if kind == "TIFF":
-        kind += f" {image.tag_v2.get(259, 1)}"
-    elif kind == "BMP":
-        kind += f" {image.info.get('compression', 0)}"
-    check_size(file, image.width, image.height, kind)
-    return image
-
-
-def check_size(file: BinaryIO, width: int, height: int, kind: str) -> None:
-    """Refuse a picture that takes too much memory, and a header that lies.
-
-    Args:
-        kind: Pillow's name; for TIFF and BMP, with the number of their compression.
-    """
-    limit = min(MAX_PIXELS, _MAX_PIXELS_OF.get(kind, MAX_PIXELS))
-    if width * height > limit:
-        raise TooLargeError(_too_large(limit, f"it is {width}x{height}"))
-    length, most = os.fstat(file.fileno()).st_size, _PIXELS_A_BYTE.get(kind)
-    if width < 1 or height < 1 or (most and width * height > most * length):
-        raise ValueError(f"its header says {width}x{height}, but there are {length} bytes")
-
-
-def _too_large(limit: int, found: str) -> str:
-    return f"more than {limit:,} pixels; cut it into parts ({found})"
-
-
-def _decode(file: BinaryIO) -> Picture:
-    head = file.read(32)
-    try:
-        image = open_header(file)
-    except UnidentifiedImageError:
-        return _decode_deep(file, _deep_tiff_size(file))
-    with image:
-        image.load()
-        if not image.mode.startswith(("I", "F")) and not has_16_bits(image, head):
-            return to_array(image, "RGB")
-        size = image.height, image.width
-    del image  # its pixels, which Pillow cut or clipped
-    return _decode_deep(file, size)
-
-
-def _decode_deep(file: BinaryIO, size: tuple[int, int]) -> Picture:
-    file.seek(0)
-    image = _to_rgb8(decode_deep(file.read()))
-    if image.shape[:2] != size:
-        raise ValueError(f"its header says {size[1]}x{size[0]}, but {image.shape[1]}x{image.shape[0]} were found")
-    return image
-
-
-def _deep_tiff_size(file: BinaryIO) -> tuple[int, int]:
-    """(height, width) of a TIFF that Pillow doesn't know, as one with 16-bit colour; raises as `open_header` does."""
-    file.seek(0)
-    head = file.read(8)
-    if not head.startswith(tuple(TiffImagePlugin.PREFIXES)):
-        raise UnidentifiedImageError
-    tags = TiffImagePlugin.ImageFileDirectory_v2(head + (file.read(8) if head[2] == 43 else b""))  # BigTIFF's is longer
-    file.seek(tags.next)
-    tags.load(file)
-    width, height = tags[256], tags[257]
-    if not isinstance(width, int) or not isinstance(height, int):
-        raise ValueError(f"its header says {width}x{height}")
-    check_size(file, width, height, f"TIFF {tags.get(259, 1)}")
-    return (width, height) if tags.get(274) in (5, 6, 7, 8) else (height, width)  # the tag Orientation: turned by OpenCV
-
-
-def to_array(image: Image.Image, mode: str) -> NDArray[np.uint8]:
-    """(H, W, 3) of "RGB", or (H, W) of alpha alone, "A"; in strips, as copies of the whole by Pillow and NumPy take 14 bytes a pixel."""
-    values = np.empty((image.height, image.width, 3) if mode == "RGB" else (image.height, image.width), np.uint8)
-    for rows in _strips(image.height, image.width):
-        strip = image.crop((0, rows.start, image.width, rows.stop))
-        if mode == "A" or strip.mode in ("P", "PA", "RGBa"):
-            strip = strip.convert("RGBA")
-        values[rows] = strip.getchannel("A") if mode == "A" else strip.convert("RGB")
-    return values
-
-
-def _strips(height: int, width: int) -> Iterator[slice]:
-    step = max(1, 2**20 // width)
-    return (slice(top, min(top + step, height)) for top in range(0, height, step))
-
-
-def has_16_bits(image: Image.Image, head: bytes) -> bool:
-    """Whether a PNG or TIFF file holds 16 bits a sample, which Pillow cuts to 8; `head` is how the file begins."""
-    if image.format == "TIFF":
-        return max(image.tag_v2.get(258, (1,))) == 16  # BitsPerSample, one for each channel
-    return head.startswith(b"\x89PNG\r\n\x1a\n") and head[24] == 16  # IHDR: length, name, width, height, bit depth
-
-
-def decode_deep(data: bytes) -> NDArray | None:
-    """All bits of a file's samples, (H, W) or (H, W, 3 or 4) in the order BGR or BGRA; None where OpenCV can't.
-
-    A TIFF is turned as its tag Orientation says.
-    """
-    if data.startswith(b"\x89PNG"):  # only what makes pixels: OpenCV takes the memory that any chunk's length asks for
-        needed = (b"IHDR", b"tRNS", b"IDAT")
-        data = b"".join([data[:8], *(data[start:end] for name, start, end in png_chunks(data) if name in needed), _PNG_END])
-    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # BGR, BGRA or gray
-
-
-_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-
-
-def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """(name, start, end) of a PNG's whole chunks up to IEND, with their lengths and checksums: 8 bytes before, 4 after the content."""
-    start = 8
-    while start + 12 <= len(data):
-        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
-        name = data[start + 4 : start + 8]
-        if end > len(data) or name == b"IEND":
-            return
-        yield name, start, end
-        start = end
-
-
-def _to_rgb8(deep: NDArray | None) -> Picture:
-    if deep is None or deep.dtype not in (np.uint8, np.uint16) or (deep.ndim == 3 and deep.shape[2] < 3):
-        raise ValueError(f"samples of type {None if deep is None else deep.dtype} are not 8 or 16 bits")
-    rgb = np.empty((*deep.shape[:2], 3), np.uint8)
-    for rows in _strips(*deep.shape[:2]):
-        strip = deep[rows] if deep.dtype == np.uint8 else np.round(deep[rows] / 257)  # 65535 / 255
-        rgb[rows] = strip[:, :, None] if strip.ndim == 2 else strip[:, :, 2::-1]
-    return rgb
 
 
 # MATLAB's bicubic
@@ -383,7 +112,7 @@ def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
 # Degradations
 
 
-def degrade(gt: Picture, upscale_factor: int, degradation: str = "BI", seed: int = 0) -> Picture:
+def degrade(gt: RGB, upscale_factor: int, degradation: str = "BI", seed: int = 0) -> RGB:
     """Make the LR image that the paper's protocol gives to the network (RCAN, section 4.1).
 
     "BI" is MATLAB's bicubic. "BD" blurs with a Gaussian of sigma 1.6, rounds, and takes every scale-th pixel.
@@ -410,7 +139,7 @@ def degrade(gt: Picture, upscale_factor: int, degradation: str = "BI", seed: int
     raise ValueError(f"degradation={degradation!r} is unknown; known are {', '.join(DEGRADATIONS)}")
 
 
-def _blur(gt: Picture, upscale_factor: int, sigma: float = 1.6) -> Picture:
+def _blur(gt: RGB, upscale_factor: int, sigma: float = 1.6) -> RGB:
     """Gaussian of the paper's BD: 7 wide at odd scales, 12 at even ones, where its centre lies between two pixels."""
     width = 7 if upscale_factor % 2 else 2 * math.ceil(3 * sigma) + 2
     offsets = np.arange(width) - (width - 1) / 2
@@ -425,12 +154,12 @@ def _blur(gt: Picture, upscale_factor: int, sigma: float = 1.6) -> Picture:
 # Crops and turns
 
 
-def crop_to_multiple(image: Picture, factor: int) -> Picture:
+def crop_to_multiple(image: RGB, factor: int) -> RGB:
     """Drop rows at the bottom and columns at the right until both sizes are multiples of `factor`."""
     return image[: image.shape[0] // factor * factor, : image.shape[1] // factor * factor]
 
 
-def turn(image: Picture, orientation: int) -> Picture:
+def flip_rotate(image: RGB, orientation: int) -> RGB:
     """One of the eight ways to lay a picture down: `orientation % 4` quarter turns to the left, mirrored first from 4 on."""
     if orientation not in range(8):
         raise ValueError(f"orientation={orientation} must be 0 to 7")
@@ -455,12 +184,12 @@ _TURNS = (
 # Metrics
 
 
-def rgb_to_y(image: Picture) -> NDArray[np.float64]:
+def rgb_to_y(image: RGB) -> NDArray[np.float64]:
     """MATLAB's luma, BT.601 in 16 to 235, not rounded: (H, W, 3) uint8 -> (H, W) float64."""
     return image @ np.array([65.481, 128.553, 24.966]) / 255 + 16
 
 
-def psnr(sr: Picture, gt: Picture, border: int, only_y_channel: bool = True) -> float:
+def psnr(sr: RGB, gt: RGB, border: int, only_y_channel: bool = True) -> float:
     """Peak signal-to-noise ratio in dB, peak 255; equal images give inf.
 
     Args:
@@ -473,7 +202,7 @@ def psnr(sr: Picture, gt: Picture, border: int, only_y_channel: bool = True) -> 
     return float(10 * np.log10(255**2 / mean_square)) if mean_square else math.inf
 
 
-def ssim(sr: Picture, gt: Picture, border: int, only_y_channel: bool = True) -> float:
+def ssim(sr: RGB, gt: RGB, border: int, only_y_channel: bool = True) -> float:
     """Structural similarity (Wang et al. 2004): 11x11 Gaussian of sigma 1.5, valid region only, K = (0.01, 0.03), L = 255.
 
     Arguments as for `psnr`; without `only_y_channel`, the mean over the three channels.
@@ -498,7 +227,7 @@ def _window_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return cv2.sepFilter2D(values, cv2.CV_64F, kernel, kernel)[radius:-radius, radius:-radius]
 
 
-def _comparable(sr: Picture, gt: Picture, border: int, only_y_channel: bool) -> list[NDArray[np.float64]]:
+def _comparable(sr: RGB, gt: RGB, border: int, only_y_channel: bool) -> list[NDArray[np.float64]]:
     for name, image in (("sr", sr), ("gt", gt)):
         _check_image(image, name)
     if sr.shape != gt.shape:

@@ -18,12 +18,14 @@ import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+import image_files
 import imgproc
 import utils
 import weights
 from config import released_weights
 from files import check_folder, explain
-from photo import FORMATS, Photo, check_writable, read_photo, write_photo
+from image_files import FORMATS, Photo, check_writable, read_photo, write_photo
+from runtime import run_script, start_runtime
 from upscaling import upscale
 
 
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = find_inputs(Path(config.input), Path(config.output))
     targets = plan_outputs(files, Path(config.input), Path(config.output), config.output_format)
     check_folder(Path(config.output))
-    runtime = utils.start_runtime()
+    runtime = start_runtime()
     path = Path(config.model_path) if config.model_path else released_weights(config.upscale_factor)
     network = weights.load(path).to(runtime.device)
     print(weights.describe(network))
@@ -94,9 +96,9 @@ def find_inputs(path: Path, output: Path) -> list[Path]:
     folders = [path, *sorted(folder for folder in path.rglob("*") if folder.is_dir() and not _is_hidden(folder.relative_to(path)))]
     inside = output.resolve() if output.resolve() != path.resolve() else None
     folders = [folder for folder in folders if inside is None or not folder.resolve().is_relative_to(inside)]
-    files = [file for folder in folders for file in imgproc.list_images(folder)]
+    files = [file for folder in folders for file in image_files.list_images(folder)]
     if not files:
-        raise FileNotFoundError(f"{path.absolute()}: no picture in it; known endings are {', '.join(imgproc.IMAGE_SUFFIXES)}")
+        raise FileNotFoundError(f"{path.absolute()}: no picture in it; known endings are {', '.join(image_files.IMAGE_SUFFIXES)}")
     return files
 
 
@@ -184,4 +186,4 @@ def _mean(image: NDArray) -> NDArray:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_script(main)

@@ -22,13 +22,15 @@ import numpy as np
 
 import dataset
 import files
+import image_files
 import imgproc
 import model
 import utils
 import weights
 from config import Config, parse, weights_name
+from runtime import Runtime, run_script, start_runtime
 from upscaling import upscale
-from utils import Runtime, Scores
+from utils import Scores
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Result:
 def main(argv: Sequence[str] | None = None) -> None:
     """Score every file of `model_path` on `test_sets`."""
     config = parse(Config, "test", argv)
-    runtime = utils.start_runtime()
+    runtime = start_runtime()
     networks = {path: weights.load(path) for path in config.weights_paths}  # before anything is scored, so that a mistake costs no time
     names = [weights_name(path) for path in networks]
     if len(set(names)) < len(names) or len(networks) < len(config.weights_paths):
@@ -114,8 +116,8 @@ def score(path: Path, network: model.RCAN, sets: Mapping[str, dataset.Evaluation
     return Result(weights_name(path), scale, weights.describe(network), scores, utils.peak_memory(runtime.device))
 
 
-def _write_picture(folder: Path, name: str, _lr: imgproc.Picture, sr: imgproc.Picture, _gt: imgproc.Picture) -> None:
-    imgproc.write_image(folder / f"{name}.png", sr)
+def _write_picture(folder: Path, name: str, _lr: imgproc.RGB, sr: imgproc.RGB, _gt: imgproc.RGB) -> None:
+    image_files.write_image(folder / f"{name}.png", sr)
 
 
 # Reports
@@ -229,4 +231,4 @@ def _rows(results: Sequence[Result], config: Config) -> str:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_script(main)

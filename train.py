@@ -29,14 +29,16 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoints
 import dataset
 import files
+import image_files
 import imgproc
 import losses
 import model
 import utils
 import weights
 from config import Config, parse
+from runtime import STOPPED, Poll, Runtime, StopRequest, run_script, start_runtime
+from store import PairStore
 from upscaling import upscale
-from utils import Runtime
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "use_composite_loss=True contradicts train.py, which trains with L1 alone: set it to False or run train_improved.py"
         )
     if not train(config, PixelStep):
-        sys.exit(utils.STOPPED)
+        sys.exit(STOPPED)
 
 
 class Step(Protocol):
@@ -246,7 +248,7 @@ def train(config: Config, build_step: Callable[[Config, Runtime, str], Step]) ->
     Raises:
         ValueError, OSError: settings, data or checkpoint that don't fit; said before anything is changed.
     """
-    runtime = utils.start_runtime()
+    runtime = start_runtime()
     with files.FolderLock(config.experiment_dir) if runtime.is_main else contextlib.nullcontext():
         return _train(config, build_step, runtime)
 
@@ -317,9 +319,9 @@ class Run:
         """Train until the end or until asked to stop; True at the end."""
         config, first, started, meter = self.config, self.update, time.perf_counter() - self.seconds, self.meter
         self._prepare_folder()
-        feed, poll = self._feed(), utils.Poll(self.runtime)
+        feed, poll = self._feed(), Poll(self.runtime)
         stopped = late = False
-        with utils.RunLog(config.experiment_dir, first, config.total_updates, self.runtime.is_main) as log, utils.StopRequest() as stop:
+        with utils.RunLog(config.experiment_dir, first, config.total_updates, self.runtime.is_main) as log, StopRequest() as stop:
             log.write(first, {"event": "start", "precision": self.precision, **utils.provenance()})
             while True:
                 done = self.update >= config.total_updates
@@ -388,13 +390,13 @@ class Run:
         if len(skipped) > _MANY:
             log.say(f"update {self.update}: {len(skipped) - _MANY} more were skipped since the last report; log.jsonl names them")
 
-    def evaluate(self, log: utils.RunLog, stop: utils.StopRequest) -> bool:
+    def evaluate(self, log: utils.RunLog, stop: StopRequest) -> bool:
         """Score the averaged weights; the best ones, by `best_metric` on the first set, are kept in best.pth.tar.
 
         False if it was asked to stop before it was done; then nothing has been kept, and it remains due.
         """
         scores: dict[str, float] = {}
-        samples: dict[str, imgproc.Picture] = {}  # this process's
+        samples: dict[str, imgproc.RGB] = {}  # this process's
         for name, images in self.validation.items():
             keep = _keep_samples(samples, images, self.config.upscale_factor) if not scores else None
             enlarge = functools.partial(upscale, self.ema.network)
@@ -419,12 +421,12 @@ class Run:
         self._write_samples(log, samples)
         return True
 
-    def _write_samples(self, log: utils.RunLog, own: Mapping[str, imgproc.Picture]) -> None:
+    def _write_samples(self, log: utils.RunLog, own: Mapping[str, imgproc.RGB]) -> None:
         """Put the samples of all processes on one sheet."""
         samples = {name: sample for part in self.runtime.gather(own) for name, sample in part.items()}
         if samples and self.runtime.is_main:
             sheet = np.concatenate([samples[name] for name in sorted(samples)])
-            imgproc.write_image(self.config.experiment_dir / "samples" / f"{self.update:07d}.png", sheet)
+            image_files.write_image(self.config.experiment_dir / "samples" / f"{self.update:07d}.png", sheet)
             log.picture(self.update, "bicubic, SR, GT", sheet)
 
     def save_last(self) -> None:
@@ -719,7 +721,7 @@ def open_training(
 ) -> dataset.TrainBatches:
     """This process's share of the batches, from the store, which is built once on each disk where there is none yet."""
     where = (sets, config.upscale_factor, config.degradation, config.cache_dir)
-    store = runtime.in_turns(lambda: dataset.PairStore.open_or_build(*where, progress=runtime.is_main))
+    store = runtime.in_turns(lambda: PairStore.open_or_build(*where, progress=runtime.is_main))
     return dataset.TrainBatches(
         store, config.batch_size, config.lr_patch_size, config.seed, usable=usable, rank=runtime.rank, world_size=runtime.world_size
     )
@@ -737,18 +739,18 @@ def describe_run(config: Config, runtime: Runtime, network: nn.Module, precision
     )
 
 
-def _keep_samples(samples: dict[str, imgproc.Picture], images: dataset.EvaluationSet, scale: int) -> Callable[..., None]:
+def _keep_samples(samples: dict[str, imgproc.RGB], images: dataset.EvaluationSet, scale: int) -> Callable[..., None]:
     """Collect the middle of the first three pictures: bicubic, SR and GT side by side."""
     names = [pair.name for pair in images.pairs[:3]]
 
-    def keep(name: str, lr: imgproc.Picture, sr: imgproc.Picture, gt: imgproc.Picture) -> None:
+    def keep(name: str, lr: imgproc.RGB, sr: imgproc.RGB, gt: imgproc.RGB) -> None:
         if name in names:
             samples[name] = np.concatenate([_middle(image) for image in (imgproc.imresize(lr, scale), sr, gt)], axis=1)
 
     return keep
 
 
-def _middle(image: imgproc.Picture, side: int = 128) -> imgproc.Picture:
+def _middle(image: imgproc.RGB, side: int = 128) -> imgproc.RGB:
     """The middle, black where the picture is smaller."""
     height, width = min(side, image.shape[0]), min(side, image.shape[1])
     top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
@@ -762,4 +764,4 @@ def _silent(_text: str) -> None:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_script(main)

@@ -18,16 +18,15 @@ from torch import Tensor, nn
 import losses
 import model
 import train
-import utils
 from config_improved import ImprovedConfig, parse_improved
-from utils import Runtime
+from runtime import STOPPED, Runtime, run_script
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_improved(argv)
     _warn_of_what_is_seldom_meant(config)
     if not train.train(config, AdversarialStep if config.use_composite_loss else train.PixelStep):
-        sys.exit(utils.STOPPED)
+        sys.exit(STOPPED)
 
 
 class AdversarialStep(train.PixelStep):
@@ -218,4 +217,4 @@ def _warn_of_what_is_seldom_meant(config: ImprovedConfig) -> None:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_script(main)

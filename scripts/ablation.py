@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import dataset
 import files
+import image_files
 import imgproc
 import losses
 import model
@@ -42,6 +43,7 @@ import utils
 import weights
 from config import Config, parse
 from config_improved import ImprovedConfig, parse_improved, preset
+from runtime import REPOSITORY, StopRequest, run_script, start_runtime
 from upscaling import upscale
 
 Variant = Literal["rcan", "rcan_open", "cbam", "average", "open"]
@@ -212,7 +214,7 @@ def command(run: Run, config: AblationConfig, vgg19: Path | None = None) -> list
     words += ["--data_root", config.data_root, "--results_dir", config.results_dir, "--cache_dir", config.cache_dir]
     words += shlex.split(config.extra)
     script = "train_improved.py" if run.improved else "train.py"
-    return [sys.executable, str(utils.REPOSITORY / script), *words, *(_loss_options(run, words, vgg19) if run.improved else ())]
+    return [sys.executable, str(REPOSITORY / script), *words, *(_loss_options(run, words, vgg19) if run.improved else ())]
 
 
 def _loss_options(run: Run, words: Sequence[str], vgg19: Path | None) -> list[str]:
@@ -233,7 +235,7 @@ def score_command(run: Run, config: AblationConfig) -> list[str]:
     where = ["--data_root", config.data_root, "--results_dir", config.results_dir]
     model_path = str(config.folder / run.name / "last.pth.tar")
     words = ["--model_path", model_path, "--exp_name", f"ablation/{run.name}", "--test_sets", *config.test_sets, *where]
-    return [sys.executable, str(utils.REPOSITORY / "test.py"), *words]
+    return [sys.executable, str(REPOSITORY / "test.py"), *words]
 
 
 def find_vgg19(config: AblationConfig) -> Path | None:
@@ -269,7 +271,7 @@ def run_all(runs: Sequence[Run], config: AblationConfig, vgg19: Path | None) -> 
     Ctrl-C is passed on to the trainings, which save themselves, and ends this too; so is a second one, which ends them at once.
     """
     waiting, active, failures = list(runs), {}, {}
-    with utils.StopRequest() as stop:
+    with StopRequest() as stop:
         try:
             while active or (waiting and not stop):
                 while not stop and len(active) < config.lanes and (run := _next(waiting, active)):
@@ -467,8 +469,8 @@ def measure_lpips(runs: Sequence[Run], config: AblationConfig) -> None:
 @torch.inference_mode()
 def _distances(network: torch.nn.Module, images: dataset.EvaluationSet, folder: Path) -> Iterator[float]:
     for pair in images.pairs:
-        gt = imgproc.crop_to_multiple(imgproc.read_image(pair.gt), images.upscale_factor)
-        both = (imgproc.read_image(folder / f"{pair.name}.png"), gt)
+        gt = imgproc.crop_to_multiple(image_files.read_image(pair.gt), images.upscale_factor)
+        both = (image_files.read_image(folder / f"{pair.name}.png"), gt)
         sr, gt = (torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1 for image in both)  # (1, 3, H, W), -1..1
         yield network(sr, gt).item()
 
@@ -545,7 +547,7 @@ def work(config: AblationConfig) -> dict[str, Any]:
 
 def time_updates(config: AblationConfig) -> dict[str, Any]:
     """Median and best seconds of an update of each kind, which take turns, so that what disturbs one disturbs all."""
-    device = utils.start_runtime().device
+    device = start_runtime().device
     updates = {(variant, loss): Update(update_settings(config, variant, loss), device) for variant, loss in timed_updates(config)}
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in updates}
     for _ in range(WARM_UP + config.timing_rounds):
@@ -564,7 +566,7 @@ def time_updates(config: AblationConfig) -> dict[str, Any]:
 
 def measure_memory(config: AblationConfig, variant: Variant, loss: str) -> float | None:
     """GiB at the most in an update; on a CPU of the whole process, Python and PyTorch included."""
-    device = utils.start_runtime().device
+    device = start_runtime().device
     update = Update(update_settings(config, variant, loss), device)
     for _ in range(WARM_UP):
         update()
@@ -1014,11 +1016,11 @@ def draw_crops(found: Findings) -> str:
     return f"Bicubic, {labels[0]} ({names[0]}), {labels[1]} ({names[1]}), and GT; PSNR on Y, of the whole picture."
 
 
-def crop(path: Path, networks: Mapping[str, model.RCAN], scale: int, side: int = 96) -> dict[str, imgproc.Picture]:
+def crop(path: Path, networks: Mapping[str, model.RCAN], scale: int, side: int = 96) -> dict[str, imgproc.RGB]:
     """The same part of bicubic, of each network's picture and of GT, labelled; where the first network gains most on bicubic."""
     from figure import find_part  # beside this file
 
-    gt = imgproc.crop_to_multiple(imgproc.read_image(path), scale)
+    gt = imgproc.crop_to_multiple(image_files.read_image(path), scale)
     lr = imgproc.degrade(gt, scale)
     pictures = {"bicubic": imgproc.imresize(lr, scale), **{label: upscale(network, lr) for label, network in networks.items()}}
     side = min(side, *gt.shape[:2])
@@ -1043,4 +1045,4 @@ def _write_figure(figure: Any, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_script(main)

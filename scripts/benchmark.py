@@ -20,9 +20,12 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import dataset
+import image_files
 import imgproc
 import model
 import utils
+from runtime import run_script, start_runtime
+from store import PairStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +60,9 @@ def time_cutting(config: BenchmarkConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for index in range(8):
             picture = np.random.default_rng(index).integers(0, 256, (480, 480, 3), dtype=np.uint8)
-            imgproc.write_image(Path(folder) / "Set" / "GT" / f"{index}.png", picture)
+            image_files.write_image(Path(folder) / "Set" / "GT" / f"{index}.png", picture)
         pairs = dataset.find_pairs(Path(folder) / "Set", 4)
-        store = dataset.PairStore.open_or_build({"Set": pairs}, 4, "BI", Path(folder) / "cache", progress=False)
+        store = PairStore.open_or_build({"Set": pairs}, 4, "BI", Path(folder) / "cache", progress=False)
         batches = dataset.TrainBatches(store, 16, 48, seed=0)
         best, median = _time(lambda: [batches[update] for update in range(20)], config.runs)
         print(f"GT-192/LR-48 pairs from the store, one core: {320 / best:,.0f} a second (median {320 / median:,.0f})")
@@ -67,7 +70,7 @@ def time_cutting(config: BenchmarkConfig) -> None:
 
 def time_network(config: BenchmarkConfig) -> None:
     """Forward and backward at each precision, on the first GPU or on the CPU."""
-    device = utils.start_runtime().device
+    device = start_runtime().device
     network = model.ARCHITECTURES[config.model_arch_name]().to(device, memory_format=torch.channels_last)
     lr = torch.rand(config.batch_size, 3, config.lr_patch_size, config.lr_patch_size, device=device).to(memory_format=torch.channels_last)
     for name, dtype in utils.PRECISIONS.items():
@@ -96,4 +99,4 @@ def _time(work: Callable[[], object], runs: int) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_script(main)

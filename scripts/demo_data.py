@@ -14,8 +14,9 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import image_files
 import imgproc
-import utils
+from runtime import run_script
 
 TEST_PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")
 TRAIN_PHOTOGRAPHS = (
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, picture in pictures.items():
         path = Path(config.output) / name
         if not path.exists():
-            imgproc.write_image(path, _as_rgb(picture))
+            image_files.write_image(path, _as_rgb(picture))
     print(f"{len(pictures)} photographs of scikit-image in {Path(config.output).absolute()}: DemoTrain and DemoTest")
 
 
@@ -46,9 +47,9 @@ def _photograph(name: str) -> np.ndarray:
     return getattr(skimage.data, name)()
 
 
-def _as_rgb(picture: np.ndarray) -> imgproc.Picture:
+def _as_rgb(picture: np.ndarray) -> imgproc.RGB:
     return np.ascontiguousarray(np.repeat(picture[:, :, None], 3, 2) if picture.ndim == 2 else picture[:, :, :3])
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_script(main)

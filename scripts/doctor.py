@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import image_files
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
@@ -215,7 +217,7 @@ def compare_lr(pairs: Sequence["Pair"], upscale_factor: int, degradation: str) -
     chosen = [pairs[index] for index in np.linspace(0, len(pairs) - 1, min(CHECKED_PAIRS, len(pairs))).astype(int)]
     differing, worst = [], 0
     for pair in chosen:
-        gt = imgproc.crop_to_multiple(imgproc.read_image(pair.gt), upscale_factor)
+        gt = imgproc.crop_to_multiple(image_files.read_image(pair.gt), upscale_factor)
         lr = dataset.make_lr(pair, gt, upscale_factor, degradation).astype(int)
         off = abs(lr - imgproc.degrade(gt, upscale_factor, degradation))
         differing.append(np.mean(off > 0))

@@ -39,8 +39,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import dataset
 import files
-import imgproc
-import utils
+import image_files
+from runtime import run_script
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +280,7 @@ def _complete(path: Path, folder: Folder) -> bool:
 
 
 def _count(path: Path) -> int:
-    return len(imgproc.list_images(path)) if path.is_dir() else 0
+    return len(image_files.list_images(path)) if path.is_dir() else 0
 
 
 def _wanted(item: Item, config: DownloadConfig) -> list[Folder]:
@@ -740,7 +740,7 @@ def _check_counts(path: Path, plan: dict[str, Member], folders: Sequence[Folder]
             raise BadArchive(
                 f"{path}: holds {len(new)} images for {place}, but {folder.images or 'some'} belong there; nothing was unpacked"
             )
-        strange = {file.name for file in (imgproc.list_images(place) if place.is_dir() else [])} - new
+        strange = {file.name for file in (image_files.list_images(place) if place.is_dir() else [])} - new
         if strange and folder.images:
             raise ValueError(
                 f"{place}: {min(strange)} and {len(strange) - 1} more are in the way of the {len(new)} images of {path}; move them"
@@ -802,4 +802,4 @@ def _remove_leftovers(root: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_script(main)

@@ -21,8 +21,8 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import model
-import utils
 import weights
+from runtime import run_script
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,4 +92,4 @@ def _noise(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_script(main)

@@ -14,8 +14,9 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import image_files
 import imgproc
-import utils
+from runtime import run_script
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +36,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(config.gt) != len(config.sr):
         raise ValueError(f"--gt names {len(config.gt)} pictures, --sr {len(config.sr)}: give one upscaled picture for each original")
     rows = [draw_row(Path(gt), Path(sr), config) for gt, sr in zip(config.gt, config.sr, strict=True)]
-    imgproc.write_image(config.output, np.concatenate(rows))
+    image_files.write_image(config.output, np.concatenate(rows))
     print(Path(config.output).absolute())
 
 
-def draw_row(gt_path: Path, sr_path: Path, config: FigureConfig) -> imgproc.Picture:
+def draw_row(gt_path: Path, sr_path: Path, config: FigureConfig) -> imgproc.RGB:
     """One labelled row: LR (nearest neighbour), bicubic, SR and GT."""
     scale = config.upscale_factor
-    gt, sr = imgproc.crop_to_multiple(imgproc.read_image(gt_path), scale), imgproc.read_image(sr_path)
+    gt, sr = imgproc.crop_to_multiple(image_files.read_image(gt_path), scale), image_files.read_image(sr_path)
     if gt.shape != sr.shape:
         raise ValueError(f"{sr_path}: sr is {sr.shape[1]}x{sr.shape[0]}, but gt at x{scale} {gt.shape[1]}x{gt.shape[0]}")
     lr = imgproc.degrade(gt, scale)
@@ -60,7 +61,7 @@ def draw_row(gt_path: Path, sr_path: Path, config: FigureConfig) -> imgproc.Pict
     )
 
 
-def find_part(bicubic: imgproc.Picture, sr: imgproc.Picture, gt: imgproc.Picture, side: int) -> tuple[int, int]:
+def find_part(bicubic: imgproc.RGB, sr: imgproc.RGB, gt: imgproc.RGB, side: int) -> tuple[int, int]:
     """Top and left of the square in which the squared error falls most from bicubic to SR."""
     gain = ((bicubic.astype(float) - gt) ** 2 - (sr.astype(float) - gt) ** 2).sum(2)
     sums = cv2.integral(gain)
@@ -69,11 +70,11 @@ def find_part(bicubic: imgproc.Picture, sr: imgproc.Picture, gt: imgproc.Picture
     return int(top), int(left)
 
 
-def _score(image: imgproc.Picture, gt: imgproc.Picture, scale: int) -> str:
+def _score(image: imgproc.RGB, gt: imgproc.RGB, scale: int) -> str:
     return f"{imgproc.psnr(image, gt, scale):.2f} dB"
 
 
-def _labelled(panel: imgproc.Picture, label: str, zoom: int) -> imgproc.Picture:
+def _labelled(panel: imgproc.RGB, label: str, zoom: int) -> imgproc.RGB:
     enlarged = panel.repeat(zoom, 0).repeat(zoom, 1)
     bar = np.full((26, enlarged.shape[1], 3), 255, np.uint8)
     cv2.putText(bar, label, (6, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
@@ -82,4 +83,4 @@ def _labelled(panel: imgproc.Picture, label: str, zoom: int) -> imgproc.Picture:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_script(main)

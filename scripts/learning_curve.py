@@ -13,7 +13,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import utils
+from runtime import run_script
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,4 +79,4 @@ def _level(text: str) -> tuple[str, float]:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_script(main)

@@ -27,6 +27,7 @@ import imgproc
 import utils
 import weights
 from config import released_weights
+from runtime import run_script, start_runtime
 from upscaling import upscale
 
 
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measure(config: MemoryConfig) -> dict[str, float | str]:
     """Upscale in one mode, and leave the picture in a file."""
     (mode,) = config.modes
-    runtime = utils.start_runtime()
+    runtime = start_runtime()
     network = weights.load(config.model_path or released_weights(4)).to(runtime.device)
     lr = picture(config.height, config.width)
     upscale(network, lr[:32, :32])
@@ -72,7 +73,7 @@ def measure(config: MemoryConfig) -> dict[str, float | str]:
     return {**found, "network": weights.describe(network)}
 
 
-def picture(height: int, width: int) -> imgproc.Picture:
+def picture(height: int, width: int) -> imgproc.RGB:
     """A photograph of this size, repeated where it is too small."""
     photograph = skimage.data.retina()
     repeats = (-(-height // photograph.shape[0]), -(-width // photograph.shape[1]), 1)
@@ -88,7 +89,7 @@ def _measure_apart(config: MemoryConfig, mode: str, file: Path) -> dict[str, flo
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _row(mode: str, found: dict[str, float | str], sr: imgproc.Picture, whole: imgproc.Picture) -> str:
+def _row(mode: str, found: dict[str, float | str], sr: imgproc.RGB, whole: imgproc.RGB) -> str:
     off, far = 0, 0
     for top in range(0, sr.shape[0], 256):  # a difference of whole pictures would take more memory than they
         difference = np.abs(sr[top : top + 256].astype(np.int16) - whole[top : top + 256])
@@ -100,4 +101,4 @@ def _row(mode: str, found: dict[str, float | str], sr: imgproc.Picture, whole: i
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_script(main)

@@ -35,8 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import dataset
 import files
+import image_files
 import imgproc
-import utils
+from runtime import run_script
 
 MANIFEST = "prepared.json"
 
@@ -175,10 +176,10 @@ def read_originals(folder: Path, smallest: int, grid: Grid | None) -> list[Origi
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; input must be the folder of the originals")
-    files = imgproc.list_images(folder)
+    files = image_files.list_images(folder)
     if not files:
         raise FileNotFoundError(
-            f"{folder}: no image is in it (folders in it are not searched); known are {', '.join(imgproc.IMAGE_SUFFIXES)}"
+            f"{folder}: no image is in it (folders in it are not searched); known are {', '.join(image_files.IMAGE_SUFFIXES)}"
         )
     smallest = grid.alignment if grid else smallest
     originals, problems = [], _name_problems(files)
@@ -204,11 +205,11 @@ def _name_problems(files: Sequence[Path]) -> list[str]:
 
 
 def _read_original(file: Path, smallest: int, grid: Grid | None) -> Original:
-    height, width = imgproc.image_size(file)
+    height, width = image_files.image_size(file)
     if min(height, width) < smallest:
         raise ValueError(f"{file}: {width}x{height} is too small, at least {smallest}x{smallest} is needed; remove it")
-    if height * width > imgproc.MAX_PIXELS:
-        raise ValueError(f"{file}: {width}x{height} is more than {imgproc.MAX_PIXELS:,} pixels; cut it into parts")
+    if height * width > image_files.MAX_PIXELS:
+        raise ValueError(f"{file}: {width}x{height} is more than {image_files.MAX_PIXELS:,} pixels; cut it into parts")
     state = file.stat()
     boxes = {file.stem: (0, 0, height, width)}
     if grid:
@@ -248,7 +249,7 @@ class Target:
         """The parts of a picture that are there, whoever made them."""
         return {part: self.files[part] for part in original.parts if part in self.files}
 
-    def render(self, original: Original, picture: imgproc.Picture) -> dict[str, imgproc.Picture]:
+    def render(self, original: Original, picture: imgproc.RGB) -> dict[str, imgproc.RGB]:
         """What the files have to hold: cuts of the whole picture, or of the LR image of the whole picture."""
         scale, image = self.upscale_factor, picture
         if self.degradation:
@@ -284,7 +285,7 @@ def _first_with_images(folders: Sequence[Path]) -> Path:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    return imgproc.list_images(folder) if folder.is_dir() else []
+    return image_files.list_images(folder) if folder.is_dir() else []
 
 
 def _by_name(files: Sequence[Path], to_name: Callable[[str], str]) -> dict[str, Path]:
@@ -448,7 +449,7 @@ def _problems(original: Original, target: Target, part: str, file: Path, known: 
         return [] if same else [f"{file}: is another file than {original.path}; rename one, or take another output"]
     height, width = (side // target.upscale_factor for side in original.parts[part][2:])
     try:
-        found = imgproc.image_size(file)
+        found = image_files.image_size(file)
     except (ValueError, OSError) as error:
         return [f"{error}; or remove it, and it is made again"]
     needed = f"{width}x{height} are needed; remove it, and it is made again"
@@ -519,12 +520,12 @@ def make(job: Job) -> str | None:
                 continue
             images = target.render(job.original, picture)
             for part in parts:
-                imgproc.write_image(target.path(job.original, part), images[part])
+                image_files.write_image(target.path(job.original, part), images[part])
     return None
 
 
-def _decode(original: Original) -> imgproc.Picture:
-    picture = imgproc.read_image(original.path)
+def _decode(original: Original) -> imgproc.RGB:
+    picture = image_files.read_image(original.path)
     if picture.shape[:2] != original.size:
         raise ValueError(f"{original.path}: changed while it was read; start again")
     return picture
@@ -575,9 +576,9 @@ def compare(original: Original, targets: Sequence[Target]) -> list[str]:
     return problems
 
 
-def _difference(file: Path, expected: imgproc.Picture) -> str | None:
+def _difference(file: Path, expected: imgproc.RGB) -> str | None:
     try:
-        found = imgproc.read_image(file)
+        found = image_files.read_image(file)
     except (ValueError, OSError) as error:
         return str(error)
     if found.shape != expected.shape:
@@ -623,4 +624,4 @@ def _listed(lines: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_script(main)

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
 import weights
+from runtime import run_script
 from utils import REPOSITORY
 
 Kind = Literal["l1", "composite"]
@@ -683,4 +684,4 @@ def _last_line(outcomes: Sequence[Outcome]) -> str:
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    run_script(main)

@@ -23,5 +23,5 @@ def data_root() -> Path:
 
 @pytest.fixture(autouse=True)
 def _same_start():
-    torch.set_num_threads(1)  # the networks are tiny
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # one is enough, as the networks are tiny
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import image_files
 import imgproc
 import model
 
@@ -13,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = {"channels": 8, "reduction": 4, "num_rg": 2, "num_rcab": 2}
 
 
-def drawn_picture(height: int, width: int, seed: int = 0) -> imgproc.Picture:
+def drawn_image(height: int, width: int, seed: int = 0) -> imgproc.RGB:
     """A smooth picture with edges, another one for each seed."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width][..., None]
@@ -23,14 +24,14 @@ def drawn_picture(height: int, width: int, seed: int = 0) -> imgproc.Picture:
     return np.clip(waves + edges, 0, 255).astype(np.uint8)
 
 
-def noise_picture(height: int, width: int, seed: int = 0) -> imgproc.Picture:
+def noise_image(height: int, width: int, seed: int = 0) -> imgproc.RGB:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def write_set(folder: Path, sizes, seed: int = 0) -> Path:
     """A set of drawn pictures of these (height, width), named a, b, c …"""
     for index, (height, width) in enumerate(sizes):
-        imgproc.write_image(folder / "GT" / f"{chr(97 + index)}.png", drawn_picture(height, width, seed + index))
+        image_files.write_image(folder / "GT" / f"{chr(97 + index)}.png", drawn_image(height, width, seed + index))
     return folder
 
 

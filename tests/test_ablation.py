@@ -20,6 +20,7 @@ import torch
 from pytest import approx
 
 import dataset
+import image_files
 import imgproc
 import losses
 import train_improved
@@ -27,7 +28,8 @@ import utils
 import weights
 from config import Config, parse
 from config_improved import parse_improved
-from helpers import REPOSITORY, drawn_picture, tiny, write_set
+from helpers import REPOSITORY, drawn_image, tiny, write_set
+from runtime import Runtime
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 ablation, figure = (importlib.import_module(name) for name in ("ablation", "figure"))
@@ -259,7 +261,7 @@ def test_what_is_timed_is_the_update_of_training(make, monkeypatch, loss):
     config = make(extra=f"{TINY} --precision fp32 --warmup_updates 0")
     settings = ablation.update_settings(config, "cbam", loss)
     assert (settings.perceptual_weight, settings.adversarial_weight) == {"l1": (0, 0), "gan": (0, 0.001), "composite": (0.006, 0.001)}[loss]
-    runtime = utils.Runtime(torch.device("cpu"))
+    runtime = Runtime(torch.device("cpu"))
     update = ablation.Update(settings, runtime.device)
     utils.seed_everything(0)
     step = train_improved.AdversarialStep(settings, runtime, "fp32")
@@ -471,7 +473,7 @@ def test_what_counts_as_finished_and_scored(make):
 def test_pictures(make, tmp_path):
     pytest.importorskip("matplotlib")
     photo = tmp_path / "photo.png"
-    imgproc.write_image(photo, drawn_picture(97, 120))
+    image_files.write_image(photo, drawn_image(97, 120))
     config = make(report_only=True, crops=(str(photo), str(tmp_path / "gone.png")))
     fake_study(config, perceptual=False)
     for name in ("rcan_l1more_seed0", "rcan_gan_seed0"):  # as fake_study has left them, but with a network in them
@@ -481,13 +483,13 @@ def test_pictures(make, tmp_path):
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     ablation.main(argv(config))
     for name in ("ablation.png", "crops.png"):
-        assert np.ptp(imgproc.read_image(config.folder / name)) == 255
+        assert np.ptp(image_files.read_image(config.folder / name)) == 255
     assert "Bicubic, L1 (rcan_l1more_seed0), L1 + GAN (rcan_gan_seed0), and GT" in the_report(config)
 
 
 def test_crops_show_one_part_of_all(tmp_path):
-    gt = drawn_picture(99, 122)
-    imgproc.write_image(tmp_path / "photo.png", gt)
+    gt = drawn_image(99, 122)
+    image_files.write_image(tmp_path / "photo.png", gt)
     networks = {"L1": tiny(4), "composite": tiny(4, "cbam")}
     panels = ablation.crop(tmp_path / "photo.png", networks, 4, side=40)
     gt = gt[:96, :120]
@@ -514,10 +516,10 @@ def test_lpips_of_the_written_pictures(make, tmp_path, monkeypatch):
     fake_run(config, run)
     for name, offset in (("a", 51), ("b", 0)):
         path = tmp_path / "data" / "Own" / "GT" / f"{name}.png"
-        gt = imgproc.crop_to_multiple(imgproc.read_image(path), 4)
+        gt = imgproc.crop_to_multiple(image_files.read_image(path), 4)
         bright = np.maximum(gt, 51)
-        imgproc.write_image(path, bright)
-        imgproc.write_image(config.folder / run.name / "test" / "Own" / f"{name}.png", bright - np.uint8(offset))
+        image_files.write_image(path, bright)
+        image_files.write_image(config.folder / run.name / "test" / "Own" / f"{name}.png", bright - np.uint8(offset))
     ablation.measure_lpips([run], config)
     assert ablation.read_outcome(run, config).scores["Own"]["lpips"] == approx(0.2)
     monkeypatch.setattr(dataset, "open_test_sets", None)
@@ -556,6 +558,8 @@ def test_a_failed_training_is_named_and_the_others_go_on(make, monkeypatch, caps
 
 WAIT = """
 import os, pathlib, signal, sys, time
+from runtime import Runtime
+import image_files
 assert os.getpgid(0) != int(sys.argv[2])  # the terminal's own Ctrl-C doesn't reach it
 signal.signal(signal.SIGINT, lambda *_: (pathlib.Path(sys.argv[1] + "_stopped").touch(), sys.exit(130)))
 pathlib.Path(sys.argv[1]).touch()

@@ -26,7 +26,7 @@ import pytest
 import torch
 
 import files
-import imgproc
+import image_files
 import inference
 import train
 import train_improved
@@ -34,7 +34,8 @@ import utils
 import weights
 from config import Config, parse
 from config_improved import ImprovedConfig, parse_improved
-from helpers import REPOSITORY, TINY, drawn_picture, tiny, write_set
+from helpers import REPOSITORY, TINY, drawn_image, tiny, write_set
+from runtime import run_script
 
 
 def loaded(name, path):
@@ -97,16 +98,16 @@ def make_data(data):
     (data / "File").write_text("not a folder")
     for name, size in {"OnePixel": (1, 1), "Small": (14, 14)}.items():
         write_set(data / name, [(40, 44)])
-        imgproc.write_image(data / name / "GT" / "b.png", drawn_picture(*size))
+        image_files.write_image(data / name / "GT" / "b.png", drawn_image(*size))
     write_set(data / "Unpaired", [(40, 44), (36, 48)])
-    imgproc.write_image(data / "Unpaired" / "LRbicx2" / "a.png", drawn_picture(20, 22))
+    image_files.write_image(data / "Unpaired" / "LRbicx2" / "a.png", drawn_image(20, 22))
     for name, width in {"WrongSize": 21, "CutLR": 22}.items():
         write_set(data / name, [(40, 44)])
-        imgproc.write_image(data / name / "LRbicx2" / "a.png", drawn_picture(20, width))
+        image_files.write_image(data / name / "LRbicx2" / "a.png", drawn_image(20, width))
     lr = data / "CutLR" / "LRbicx2" / "a.png"
     lr.write_bytes(lr.read_bytes()[:200])
     write_set(data / "Twins", [(40, 44)])
-    imgproc.write_image(data / "Twins" / "GT" / "a.jpg", drawn_picture(40, 44))
+    image_files.write_image(data / "Twins" / "GT" / "a.jpg", drawn_image(40, 44))
     write_set(data / "Set5", [(40, 44)])
     for name, locked in {"Locked": "GT/b.png", "LockedFolder": "GT"}.items():
         write_set(data / name, [(40, 44), (36, 48)])
@@ -237,7 +238,7 @@ def ended(monkeypatch, capsys):
         code = 0
         with permissions_matter(folder) if other_user else contextlib.nullcontext():
             try:
-                utils.run(MAIN[script])
+                run_script(MAIN[script])
             except SystemExit as end:
                 code = end.code
             finally:

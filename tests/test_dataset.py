@@ -13,9 +13,11 @@ import pytest
 import torch
 
 import dataset
+import image_files
 import imgproc
-from dataset import EvaluationSet, PairStore, TrainBatches, find_pairs, fit_to_patch, gt_sizes
-from helpers import REPOSITORY, drawn_picture, noise_picture, write_set
+from dataset import EvaluationSet, TrainBatches, find_pairs, fit_to_patch, gt_sizes
+from helpers import REPOSITORY, drawn_image, noise_image, write_set
+from store import PairStore
 
 
 def enlarged(lr, scale):
@@ -35,9 +37,9 @@ def blocks(tmp_path):
     def make(scale):
         folder = tmp_path / f"Blocks{scale}"
         for index, (height, width) in enumerate([(13, 20), (16, 11), (25, 14)]):
-            lr = noise_picture(height, width, index)
-            imgproc.write_image(folder / f"LRbicx{scale}" / f"{index}.png", lr)
-            imgproc.write_image(folder / "GT" / f"{index}.png", enlarged(lr, scale))
+            lr = noise_image(height, width, index)
+            image_files.write_image(folder / f"LRbicx{scale}" / f"{index}.png", lr)
+            image_files.write_image(folder / "GT" / f"{index}.png", enlarged(lr, scale))
         return folder
 
     return make
@@ -58,9 +60,9 @@ def blocks(tmp_path):
     ],
 )
 def test_the_folders_that_people_have_are_found(tmp_path, gt, lr, scale, name):
-    imgproc.write_image(tmp_path / gt, noise_picture(24, 36))
+    image_files.write_image(tmp_path / gt, noise_image(24, 36))
     if lr:
-        imgproc.write_image(tmp_path / lr, noise_picture(24 // scale, 36 // scale))
+        image_files.write_image(tmp_path / lr, noise_image(24 // scale, 36 // scale))
     used = tmp_path / lr if lr and "other" not in lr else None
     assert find_pairs(tmp_path, scale) == [dataset.Pair(name, tmp_path / gt, used)]
     assert gt_sizes(find_pairs(tmp_path, scale), scale) == [(24, 36)]
@@ -81,17 +83,17 @@ def test_missing_and_empty_folders_are_named(tmp_path):
 @pytest.mark.parametrize(("extra", "culprit"), [("GT/b.png", "b.png"), ("LRbicx2/c.png", "c.png")])
 def test_a_file_without_partner_is_named(tmp_path, extra, culprit):
     for path, size in (("GT/a.png", 8), ("LRbicx2/a.png", 4), (extra, 4)):
-        imgproc.write_image(tmp_path / path, noise_picture(size, size))
+        image_files.write_image(tmp_path / path, noise_image(size, size))
     with pytest.raises(ValueError, match=rf"{culprit}: has no partner in .*{'LRbicx2' if 'GT' in extra else 'GT'}"):
         find_pairs(tmp_path, 2)
 
 
 def test_two_files_of_one_name_and_a_mis_sized_lr_are_named(tmp_path):
-    imgproc.write_image(tmp_path / "GT" / "a.png", noise_picture(24, 36))
-    imgproc.write_image(tmp_path / "LRbicx4" / "a.png", noise_picture(5, 9))
+    image_files.write_image(tmp_path / "GT" / "a.png", noise_image(24, 36))
+    image_files.write_image(tmp_path / "LRbicx4" / "a.png", noise_image(5, 9))
     with pytest.raises(ValueError, match=r"a\.png: lr is 9x5, but gt 36x24 at x4 needs 9x6"):
         gt_sizes(find_pairs(tmp_path, 4), 4)
-    imgproc.write_image(tmp_path / "GT" / "a.jpg", noise_picture(24, 36))
+    image_files.write_image(tmp_path / "GT" / "a.jpg", noise_image(24, 36))
     with pytest.raises(ValueError, match="has the same name as"):
         find_pairs(tmp_path, 4)
 
@@ -108,8 +110,8 @@ def test_images_smaller_than_a_patch_are_refused_or_skipped(tmp_path):
 
 @pytest.mark.parametrize("lr_name", ["matrix4", "matrix4x4"])
 def test_names_that_end_like_a_scale_stay_whole(tmp_path, lr_name):
-    imgproc.write_image(tmp_path / "GT" / "matrix4.png", noise_picture(24, 24))
-    imgproc.write_image(tmp_path / "LRbicx4" / f"{lr_name}.png", noise_picture(6, 6))
+    image_files.write_image(tmp_path / "GT" / "matrix4.png", noise_image(24, 24))
+    image_files.write_image(tmp_path / "LRbicx4" / f"{lr_name}.png", noise_image(6, 6))
     assert [(pair.name, pair.lr.stem) for pair in find_pairs(tmp_path, 4)] == [("matrix4", lr_name)]
 
 
@@ -141,7 +143,7 @@ def test_test_images_are_cropped_and_made_or_read(tmp_path, blocks):
     write_set(tmp_path / "Set", [(25, 38)])
     [(name, lr, gt)] = EvaluationSet(find_pairs(tmp_path / "Set", 4), 4)
     assert name == "a"
-    assert (gt == drawn_picture(25, 38)[:24, :36]).all()
+    assert (gt == drawn_image(25, 38)[:24, :36]).all()
     assert (lr == imgproc.degrade(gt, 4)).all()
     for name, lr, gt in EvaluationSet(find_pairs(blocks(3), 3), 3):
         assert (gt == enlarged(lr, 3)).all(), name
@@ -149,7 +151,7 @@ def test_test_images_are_cropped_and_made_or_read(tmp_path, blocks):
 
 def test_noise_differs_between_pictures_and_not_between_runs(tmp_path):
     for name in "ab":
-        imgproc.write_image(tmp_path / "GT" / f"{name}.png", drawn_picture(24, 24))
+        image_files.write_image(tmp_path / "GT" / f"{name}.png", drawn_image(24, 24))
     first, second = (lr for _, lr, _ in EvaluationSet(find_pairs(tmp_path, 2, "DN"), 2, "DN"))
     assert (first != second).any()
     assert (first == EvaluationSet(find_pairs(tmp_path, 2, "DN"), 2, "DN")[0][1]).all()
@@ -217,14 +219,14 @@ def test_a_stale_store_is_built_again(tmp_path, change):
     folder = write_set(tmp_path / "Set", [(24, 24)] * 3)
     build(tmp_path, folder, 4)
     if change == "content":
-        imgproc.write_image(folder / "GT" / "b.png", noise_picture(24, 24, 9))
+        image_files.write_image(folder / "GT" / "b.png", noise_image(24, 24, 9))
     if change == "added":
-        imgproc.write_image(folder / "GT" / "d.png", noise_picture(24, 28, 9))
+        image_files.write_image(folder / "GT" / "d.png", noise_image(24, 28, 9))
     if change == "removed":
         (folder / "GT" / "a.png").unlink()
     if change == "lr":
         for name in "abc":
-            imgproc.write_image(folder / "LRbicx4" / f"{name}.png", noise_picture(6, 6, 9))
+            image_files.write_image(folder / "LRbicx4" / f"{name}.png", noise_image(6, 6, 9))
     store, images = build(tmp_path, folder, 4), EvaluationSet(find_pairs(folder, 4), 4)
     assert len(store) == len(images)
     for index, (_, lr, gt) in enumerate(images):
@@ -265,7 +267,7 @@ def test_what_a_killed_build_left_is_removed_when_it_is_old(tmp_path):
 
 def test_two_runs_that_build_at_once_share_one_store(tmp_path):
     folder = write_set(tmp_path / "Set", [(64, 64)] * 20)
-    build_it = f"dataset.PairStore.open_or_build({{'Set': pairs}}, 4, 'BI', {str(tmp_path / 'cache')!r})"
+    build_it = f"PairStore.open_or_build({{'Set': pairs}}, 4, 'BI', {str(tmp_path / 'cache')!r})"
     code = f"import dataset; pairs = dataset.find_pairs({str(folder)!r}, 4); {build_it}"
     builders = [subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stderr=subprocess.PIPE) for _ in range(2)]
     errors = [builder.communicate()[1] for builder in builders]
@@ -295,8 +297,10 @@ def test_a_worker_needs_little_memory_of_its_own(tmp_path):
     """A store of 1.6 GB is read through in a forked worker; what the worker has for itself stays far below."""
     code = f"""
 import dataset, os, pathlib
+from store import PairStore
+import image_files
 folder, sizes = pathlib.Path({str(tmp_path)!r}), [(8000, 8000)] * 8
-store = dataset.PairStore(folder, sizes, 4)
+store = PairStore(folder, sizes, 4)
 for file, starts in (("gt.bin", store._gt_starts), ("lr.bin", store._lr_starts)):
     with open(folder / file, "wb") as empty:
         empty.truncate(int(starts[-1]))
@@ -341,10 +345,10 @@ def origin(store, lr):
     for image in range(len(store)):
         windows = np.lib.stride_tricks.sliding_window_view(store.lr(image), lr.shape)[:, :, 0]
         for orientation in range(8):
-            turned = np.array([imgproc.turn(window.copy(), orientation)[0, 0] for window in windows.reshape(-1, *lr.shape)])
+            turned = np.array([imgproc.flip_rotate(window.copy(), orientation)[0, 0] for window in windows.reshape(-1, *lr.shape)])
             for place in np.flatnonzero((turned == lr[0, 0]).all(1)):
                 top, left = divmod(int(place), windows.shape[1])
-                if (imgproc.turn(windows[top, left].copy(), orientation) == lr).all():
+                if (imgproc.flip_rotate(windows[top, left].copy(), orientation) == lr).all():
                     return image, orientation, top, left
     raise AssertionError("the patch is not in the store")
 

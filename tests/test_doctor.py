@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+import image_files
 import imgproc
 import weights
-from helpers import REPOSITORY, drawn_picture, tiny, write_set
+from helpers import REPOSITORY, drawn_image, tiny, write_set
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 doctor = importlib.import_module("doctor")
@@ -40,10 +41,10 @@ def examine(capsys, *more, code=None):
 
 
 def write_lr(folder, change=0):
-    for file in imgproc.list_images(folder / "GT"):
-        lr = imgproc.degrade(imgproc.read_image(file), 2)
+    for file in image_files.list_images(folder / "GT"):
+        lr = imgproc.degrade(image_files.read_image(file), 2)
         lr[0, 0, 0] = np.clip(int(lr[0, 0, 0]) + (change if file.stem == "a" else 0), 0, 255)
-        imgproc.write_image(folder / "LRbicx2" / file.name, lr)
+        image_files.write_image(folder / "LRbicx2" / file.name, lr)
 
 
 def test_a_sound_place_passes_on_one_screen_and_nothing_is_written(place, capsys):
@@ -64,7 +65,7 @@ def test_a_sound_place_passes_on_one_screen_and_nothing_is_written(place, capsys
 def test_lr_images_are_compared_with_exact_ones(place, capsys):
     write_lr(place / "data" / "Set5")
     assert "LR in LRbicx2, 5 compared: exactly MATLAB's bicubic" in examine(capsys)
-    write_lr(place / "data" / "Set5", change=6 if imgproc.degrade(drawn_picture(64, 64, 9), 2)[0, 0, 0] < 200 else -6)
+    write_lr(place / "data" / "Set5", change=6 if imgproc.degrade(drawn_image(64, 64, 9), 2)[0, 0, 0] < 200 else -6)
     said = examine(capsys)
     assert "NOT MATLAB's bicubic, 0.0% of the values differ, by up to 6; scores will not compare" in said  # 1 of 5 x 3072 values
 

@@ -23,8 +23,8 @@ import pytest
 from PIL import Image
 
 import dataset
-import utils
-from helpers import REPOSITORY, noise_picture
+from helpers import REPOSITORY, noise_image
+from runtime import run_script
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 download = importlib.import_module("download")
@@ -102,7 +102,7 @@ def call(tmp_path, monkeypatch, server):
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments, mirror=server.url):
-        utils.run(lambda: download.main([*arguments, "--mirror", mirror, "--wait", "0", "--timeout", "5"]))
+        run_script(lambda: download.main([*arguments, "--mirror", mirror, "--wait", "0", "--timeout", "5"]))
 
     return call
 
@@ -126,7 +126,7 @@ def error_of(call, capsys):
 
 def image(seed):
     file = io.BytesIO()
-    Image.fromarray(noise_picture(6, 6, seed)).save(file, "png")
+    Image.fromarray(noise_image(6, 6, seed)).save(file, "png")
     return file.getvalue()
 
 
@@ -251,7 +251,7 @@ def test_published_layouts_are_unpacked_as_find_pairs_wants_them(call, publish, 
     assert sum(path.is_file() for path in Path("data").rglob("*")) == 8 + 2 + 6 + 20  # and nothing else
     said = capsys.readouterr().out
     assert f"Flickr2K: 2 images in {Path.cwd() / 'data' / 'Flickr2K' / 'GT'}\n" in said
-    assert (np.array(Image.open("data/DIV2K/GT/0002.png")) == noise_picture(6, 6, 1)).all()
+    assert (np.array(Image.open("data/DIV2K/GT/0002.png")) == noise_image(6, 6, 1)).all()
 
 
 def test_what_is_complete_is_left_alone_without_a_request(call, publish, server, capsys, tmp_path):

@@ -14,10 +14,11 @@ import pytest
 import torch
 from pytest import approx
 
+import image_files
 import imgproc
-import utils
 import weights
-from helpers import REPOSITORY, drawn_picture, noise_picture, tiny, write_set
+from helpers import REPOSITORY, drawn_image, noise_image, tiny, write_set
+from runtime import STOPPED, StopRequest
 from upscaling import upscale
 
 SMALL = ["--channels", "8", "--reduction", "4", "--num_rg", "1", "--num_rcab", "2"]
@@ -93,8 +94,8 @@ def test_the_scores_are_those_of_the_written_pictures(place, tested):
     metrics = json.loads((folder / "metrics.json").read_text())["Valid"]
     assert list(metrics["images"]) == ["a", "b"]
     for name, score in metrics["images"].items():
-        gt = imgproc.crop_to_multiple(imgproc.read_image(place / "data" / "Valid" / "GT" / f"{name}.png"), 3)
-        sr = imgproc.read_image(folder / "Valid" / f"{name}.png")
+        gt = imgproc.crop_to_multiple(image_files.read_image(place / "data" / "Valid" / "GT" / f"{name}.png"), 3)
+        sr = image_files.read_image(folder / "Valid" / f"{name}.png")
         assert score == {"psnr": imgproc.psnr(sr, gt, 3), "ssim": imgproc.ssim(sr, gt, 3)}
         bicubic = imgproc.imresize(imgproc.degrade(gt, 3), 3)
         assert metrics["bicubic"]["images"][name]["psnr"] == imgproc.psnr(bicubic, gt, 3)
@@ -120,7 +121,7 @@ def test_self_ensemble_is_said_and_differs(place, tested):
     assert "self-ensemble of 8" in done.stdout
     metrics = json.loads((place / "results/run/test_plus/metrics.json").read_text())["Valid"]
     network = weights.load(place / "results/run/best.pth.tar")
-    gt = imgproc.crop_to_multiple(imgproc.read_image(place / "data/Valid/GT/a.png"), 3)
+    gt = imgproc.crop_to_multiple(image_files.read_image(place / "data/Valid/GT/a.png"), 3)
     sr = upscale(network, imgproc.degrade(gt, 3), self_ensemble=True)
     assert metrics["images"]["a"]["psnr"] == approx(imgproc.psnr(sr, gt, 3), abs=1e-3)
     plain = json.loads((tested[0] / "metrics.json").read_text())["Valid"]  # not overwritten
@@ -173,21 +174,21 @@ def test_several_weights_make_one_table(tmp_path):
 def test_inference_gives_exactly_the_scale_for_any_size(place, tmp_path):
     sizes = {"dot": (1, 1), "line": (1, 9), "bild ü": (13, 20)}
     for name, size in sizes.items():
-        imgproc.write_image(tmp_path / "in" / f"{name}.png", noise_picture(*size))
-    imgproc.write_image(tmp_path / "in" / "photo.JPG", drawn_picture(10, 12))
+        image_files.write_image(tmp_path / "in" / f"{name}.png", noise_image(*size))
+    image_files.write_image(tmp_path / "in" / "photo.JPG", drawn_image(10, 12))
     (tmp_path / "in" / ".DS_Store").write_bytes(b"x")
     done = command("inference.py", "--model_path", place / "results/run/best.pth.tar", "--input", "in", "--output", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for name, (height, width) in {**sizes, "photo": (10, 12)}.items():
         path = tmp_path / "out" / f"{name}.png"
-        assert imgproc.read_image(path).shape == (3 * height, 3 * width, 3)
+        assert image_files.read_image(path).shape == (3 * height, 3 * width, 3)
         assert str(path) in done.stdout
     assert len(list((tmp_path / "out").iterdir())) == 4
 
 
 def test_inference_does_the_others_and_lists_what_failed(place, tmp_path):
     for name in ("a", "c"):
-        imgproc.write_image(tmp_path / "in" / f"{name}.png", noise_picture(4, 5))
+        image_files.write_image(tmp_path / "in" / f"{name}.png", noise_image(4, 5))
     (tmp_path / "in" / "b.png").write_bytes(b"")
     done = command("inference.py", "--model_path", place / "results/run/best.pth.tar", "--input", "in", "--output", "out", cwd=tmp_path)
     assert done.returncode == 1
@@ -196,11 +197,11 @@ def test_inference_does_the_others_and_lists_what_failed(place, tmp_path):
 
 
 def test_inference_of_one_file_equals_test(place, tested, tmp_path):
-    gt = imgproc.crop_to_multiple(imgproc.read_image(place / "data/Valid/GT/a.png"), 3)
-    imgproc.write_image(tmp_path / "a.png", imgproc.degrade(gt, 3))
+    gt = imgproc.crop_to_multiple(image_files.read_image(place / "data/Valid/GT/a.png"), 3)
+    image_files.write_image(tmp_path / "a.png", imgproc.degrade(gt, 3))
     done = command("inference.py", "--model_path", place / "results/run/best.pth.tar", "--input", "a.png", "--output", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (imgproc.read_image(tmp_path / "out/a.png") == imgproc.read_image(tested[0] / "Valid/a.png")).all()
+    assert (image_files.read_image(tmp_path / "out/a.png") == image_files.read_image(tested[0] / "Valid/a.png")).all()
 
 
 @pytest.mark.parametrize("scale", [2, 4, 8])
@@ -213,7 +214,7 @@ def test_other_scales_train_and_test(tmp_path, scale):
     done = command("test.py", "--model_path", "results/run/best.pth.tar", "--exp_name", "run", "--test_sets", "Valid", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     expected = (97 // scale * scale, 131 // scale * scale, 3)
-    assert imgproc.read_image(tmp_path / "results/run/test/Valid/a.png").shape == expected
+    assert image_files.read_image(tmp_path / "results/run/test/Valid/a.png").shape == expected
 
 
 def test_improved_training_from_plain_weights_to_a_score(place):
@@ -274,7 +275,7 @@ def test_a_run_that_is_told_to_stop_saves_itself(place, tmp_path, name, everybod
     wait_for_log(tmp_path / "results/run/log.jsonl")
     (os.killpg if everybody else os.kill)(process.pid, getattr(signal, name))
     out, err = process.communicate(timeout=60)
-    assert process.returncode == utils.STOPPED == 75
+    assert process.returncode == STOPPED == 75
     assert "stopped and saved; the same command goes on from here" in out
     assert "Traceback" not in err
     assert weights.read(tmp_path / "results/run/last.pth.tar")["update"] > 0
@@ -283,11 +284,11 @@ def test_a_run_that_is_told_to_stop_saves_itself(place, tmp_path, name, everybod
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_a_second_signal_leaves_at_once(tmp_path):
-    code = "import time, utils\ndef main():\n    with utils.StopRequest():\n        print('ready', flush=True)\n        time.sleep(100)\n"
-    process = started([sys.executable, "-c", f"{code}utils.run(main)"], tmp_path, PYTHONPATH=str(REPOSITORY))
+    code = "import time, utils\ndef main():\n    with StopRequest():\n        print('ready', flush=True)\n        time.sleep(100)\n"
+    process = started([sys.executable, "-c", f"{code}run_script(main)"], tmp_path, PYTHONPATH=str(REPOSITORY))
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
-    time.sleep(utils.StopRequest.SAME + 0.3)
+    time.sleep(StopRequest.SAME + 0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=20)[1] == "stopped\n"
@@ -304,7 +305,7 @@ def test_a_second_signal_leaves_a_training_as_its_last_checkpoint(place, tmp_pat
     wait_for_log(tmp_path / "results/run/log.jsonl", 2)
     time.sleep(0.5)  # the next one has begun
     process.send_signal(signal.SIGTERM)
-    time.sleep(utils.StopRequest.SAME + 0.3)
+    time.sleep(StopRequest.SAME + 0.3)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out
@@ -381,7 +382,7 @@ def test_the_slurm_script_saves_and_queues_up_again(place, tmp_path):
     process = started(["bash", REPOSITORY / "scripts/slurm.sh", REPOSITORY / "train.py", *arguments], tmp_path, **environment)
     wait_for_log(tmp_path / "results/run/log.jsonl")
     process.send_signal(signal.SIGUSR1)
-    time.sleep(utils.StopRequest.SAME + 0.2)
+    time.sleep(StopRequest.SAME + 0.2)
     process.send_signal(signal.SIGTERM)  # which is neither handed on, nor queues up before the run has ended
     out, err = process.communicate(timeout=90)
     assert process.returncode == 0, err

@@ -9,12 +9,13 @@ from PIL import Image
 from pytest import approx
 from skimage.metrics import structural_similarity
 
+import image_files
 import imgproc
-from helpers import drawn_picture, noise_picture
-from imgproc import degrade, imresize, psnr, read_image, ssim, turn, write_image
+from helpers import drawn_image, noise_image
+from imgproc import degrade, flip_rotate, imresize, psnr, read_image, ssim, write_image
 
 
-def gray(value: int, height: int = 16, width: int = 20) -> imgproc.Picture:
+def gray(value: int, height: int = 16, width: int = 20) -> imgproc.RGB:
     return np.full((height, width, 3), value, np.uint8)
 
 
@@ -45,7 +46,7 @@ def naive_imresize(image, scale):
 
 @pytest.mark.parametrize("scale", [1 / 2, 1 / 3, 1 / 4, 1 / 8, 1, 2, 3, 4, 8, 0.7])
 def test_imresize_equals_its_definition(scale):
-    for image in (noise_picture(13, 17), noise_picture(3, 2), drawn_picture(31, 24)):
+    for image in (noise_image(13, 17), noise_image(3, 2), drawn_image(31, 24)):
         assert abs(imresize(image, scale).astype(int) - naive_imresize(image, scale)).max() <= (0 if scale in (0.5, 0.25, 2, 4) else 1)
         assert (imresize(image, scale) != naive_imresize(image, scale)).mean() < 1e-3  # ties of thirds may fall either way
 
@@ -53,7 +54,7 @@ def test_imresize_equals_its_definition(scale):
 @pytest.mark.data
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_lr_images_equal_those_made_by_matlab(data_root, scale):
-    files = imgproc.list_images(data_root / "Set5" / f"LRbicx{scale}_matlab")
+    files = image_files.list_images(data_root / "Set5" / f"LRbicx{scale}_matlab")
     assert len(files) == 5
     for file in files:
         gt = imgproc.crop_to_multiple(read_image(data_root / "Set5" / "GT" / file.name), scale)
@@ -67,7 +68,7 @@ def test_imresize_leaves_a_constant_alone(scale):
 
 def test_imresize_gives_sizes_rounded_up_and_takes_one_channel():
     assert imresize(gray(1, 10, 7), 1 / 3).shape == (4, 3, 3)
-    image = noise_picture(9, 8)
+    image = noise_image(9, 8)
     assert (imresize(image[:, :, 0], 2) == imresize(image, 2)[:, :, 0]).all()
 
 
@@ -148,7 +149,7 @@ def test_the_border_does_not_count():
 
 @pytest.mark.parametrize("only_y_channel", [True, False])
 def test_ssim_equals_scikit_image(only_y_channel):
-    gt = drawn_picture(60, 47)
+    gt = drawn_image(60, 47)
     sr = np.clip(gt + np.random.default_rng(0).normal(0, 12, gt.shape), 0, 255).astype(np.uint8)
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
     if only_y_channel:
@@ -162,7 +163,7 @@ def test_ssim_equals_scikit_image(only_y_channel):
 @pytest.mark.data
 def test_official_pictures_score_what_the_paper_says(data_root):
     scores = []
-    for file in imgproc.list_images(data_root / "Set5" / "SRx4_rcan_official"):
+    for file in image_files.list_images(data_root / "Set5" / "SRx4_rcan_official"):
         gt = imgproc.crop_to_multiple(read_image(data_root / "Set5" / "GT" / file.name), 4)
         scores.append((psnr(read_image(file), gt, 4), ssim(read_image(file), gt, 4)))
     assert np.mean(scores, 0).round(4).tolist() == approx([32.63, 0.9002], abs=0.005)
@@ -172,7 +173,7 @@ def test_official_pictures_score_what_the_paper_says(data_root):
 @pytest.mark.data
 @pytest.mark.parametrize(("scale", "published"), [(2, 33.66), (3, 30.39), (4, 28.42), (8, 24.40)])
 def test_bicubic_scores_what_is_published(data_root, scale, published):
-    gts = [imgproc.crop_to_multiple(read_image(file), scale) for file in imgproc.list_images(data_root / "Set5" / "GT")]
+    gts = [imgproc.crop_to_multiple(read_image(file), scale) for file in image_files.list_images(data_root / "Set5" / "GT")]
     assert np.mean([psnr(imresize(degrade(gt, scale), scale), gt, scale) for gt in gts]) == approx(published, abs=0.02)
 
 
@@ -191,21 +192,21 @@ def test_metrics_refuse_what_does_not_compare():
 
 
 def test_turns_are_numpys():
-    image = noise_picture(5, 7)
+    image = noise_image(5, 7)
     for orientation in range(8):
         mirrored = image[:, ::-1] if orientation >= 4 else image
-        assert (turn(image, orientation) == np.rot90(mirrored, orientation % 4)).all()
+        assert (flip_rotate(image, orientation) == np.rot90(mirrored, orientation % 4)).all()
 
 
 def test_four_quarter_turns_change_nothing():
-    image = noise_picture(5, 5)
+    image = noise_image(5, 5)
     turned = image
     for _ in range(4):
-        turned = turn(turned, 1)
+        turned = flip_rotate(turned, 1)
     assert (turned == image).all()
-    assert len({turn(image, orientation).tobytes() for orientation in range(8)}) == 8
+    assert len({flip_rotate(image, orientation).tobytes() for orientation in range(8)}) == 8
     with pytest.raises(ValueError, match="0 to 7"):
-        turn(image, 8)
+        flip_rotate(image, 8)
 
 
 # Files
@@ -213,7 +214,7 @@ def test_four_quarter_turns_change_nothing():
 
 def saved(path, mode):
     """Write a 6 x 5 picture in a mode of Pillow's, and what it should be read as."""
-    rgb, level = noise_picture(5, 6), noise_picture(5, 6)[:, :, 0]
+    rgb, level = noise_image(5, 6), noise_image(5, 6)[:, :, 0]
     three = np.repeat(level[:, :, None], 3, 2)
     if mode == "I;16":
         Image.fromarray(level.astype(np.uint16) * 257).save(path)
@@ -238,7 +239,7 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, suffix):
     found = read_image(path)
     assert found.dtype == np.uint8
     assert (found == expected).all()
-    assert imgproc.image_size(path) == (5, 6)
+    assert image_files.image_size(path) == (5, 6)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
@@ -249,7 +250,7 @@ def test_16_bit_colour_is_rounded(tmp_path, channels, suffix):
     cv2.imwrite(str(path), deep)
     expected = np.floor(deep[:, :, 2::-1] / 257 + 0.5).astype(np.uint8)
     assert (read_image(path) == expected).all()
-    assert imgproc.image_size(path) == (5, 6)
+    assert image_files.image_size(path) == (5, 6)
 
 
 def test_cmyk_jpeg_becomes_rgb(tmp_path):
@@ -260,7 +261,7 @@ def test_cmyk_jpeg_becomes_rgb(tmp_path):
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".PNG"])
 def test_what_was_written_is_read_again(tmp_path, suffix):
     path = tmp_path / "neuer Ordner" / f"画像 ü{suffix}"
-    image = noise_picture(7, 9)
+    image = noise_image(7, 9)
     write_image(path, image)
     assert (read_image(path) == image).all()
     assert [file.name for file in path.parent.iterdir()] == [path.name]
@@ -275,9 +276,9 @@ def test_nothing_is_left_of_a_picture_that_cannot_be_written(tmp_path):
 
 
 def broken_files(folder):
-    write_image(folder / "whole.png", noise_picture(64, 64))
-    Image.fromarray(noise_picture(64, 64)).save(folder / "whole.jpg")
-    deep = cv2.imencode(".png", noise_picture(64, 64).astype(np.uint16) * 257)[1]
+    write_image(folder / "whole.png", noise_image(64, 64))
+    Image.fromarray(noise_image(64, 64)).save(folder / "whole.jpg")
+    deep = cv2.imencode(".png", noise_image(64, 64).astype(np.uint16) * 257)[1]
     whole = (folder / "whole.png").read_bytes(), (folder / "whole.jpg").read_bytes()
     return {
         "empty.png": b"",
@@ -315,4 +316,4 @@ def test_hidden_and_other_files_are_passed_over(tmp_path):
     for name in (".DS_Store", "Thumbs.db", "._a.png", "notes.txt", "b.JPG", "a.png"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "folder.png").mkdir()
-    assert [file.name for file in imgproc.list_images(tmp_path)] == ["a.png", "b.JPG"]
+    assert [file.name for file in image_files.list_images(tmp_path)] == ["a.png", "b.JPG"]

@@ -32,8 +32,7 @@ if __name__ == "__main__":  # else pytest sees to it
     warnings.simplefilter("error")
     sys.path.insert(0, str(REPOSITORY))
 
-import imgproc  # noqa: E402
-import photo  # noqa: E402
+import image_files  # noqa: E402
 
 MUTATIONS = 10_000
 SECONDS = 10  # for one read
@@ -219,16 +218,16 @@ def attempt(read, path: Path):
 
 def check(path: Path) -> list[str]:
     """Read a file in every way; returns "read" or the error of read_image, image_size and read_photo."""
-    size = attempt(imgproc.image_size, path)
-    image = attempt(imgproc.read_image, path)
+    size = attempt(image_files.image_size, path)
+    image = attempt(image_files.read_image, path)
     if not isinstance(size, ValueError):
         assert min(size) > 0
-        assert size[0] * size[1] <= imgproc.MAX_PIXELS
+        assert size[0] * size[1] <= image_files.MAX_PIXELS
     if not isinstance(image, ValueError):
         assert image.dtype == np.uint8
         assert image.shape == (*size, 3)
         image = "read"  # as the pixels count as memory
-    picture = attempt(photo.read_photo, path)
+    picture = attempt(image_files.read_photo, path)
     if not isinstance(picture, ValueError):
         assert picture.pixels.dtype in (np.uint8, np.uint16)
         assert picture.pixels.ndim == 3
@@ -393,9 +392,9 @@ def test_one_pixel_is_a_picture(tmp_path, kind, mode):
     path = tmp_path / "a.png"
     image = Image.new("RGB", (1, 1), "white").convert(mode)
     path.write_bytes(saved(image.convert("RGB") if mode == "P" and kind in ("jpeg", "webp", "ppm") else image, kind))
-    assert (imgproc.read_image(path) == np.full((1, 1, 3), 255)).all()
-    assert imgproc.image_size(path) == (1, 1)
-    assert (photo.read_photo(path).pixels == np.full((1, 1, 3), 255)).all()
+    assert (image_files.read_image(path) == np.full((1, 1, 3), 255)).all()
+    assert image_files.image_size(path) == (1, 1)
+    assert (image_files.read_photo(path).pixels == np.full((1, 1, 3), 255)).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -406,10 +405,10 @@ def test_a_deep_tiff_is_turned_once(tmp_path, compression, orientation):
     upright[274] = orientation
     for name, values in (("deep", deep), ("shallow", (deep // 257).astype(np.uint8))):
         (tmp_path / name).write_bytes(saved(Image.fromarray(values), "tiff", compression=compression, exif=upright))
-    expected = imgproc.read_image(tmp_path / "shallow")
-    assert (imgproc.read_image(tmp_path / "deep") == expected).all()
-    assert imgproc.image_size(tmp_path / "deep") == expected.shape[:2]
-    assert (photo.read_photo(tmp_path / "deep").pixels == expected.astype(np.uint16) * 257).all()
+    expected = image_files.read_image(tmp_path / "shallow")
+    assert (image_files.read_image(tmp_path / "deep") == expected).all()
+    assert image_files.image_size(tmp_path / "deep") == expected.shape[:2]
+    assert (image_files.read_photo(tmp_path / "deep").pixels == expected.astype(np.uint16) * 257).all()
 
 
 if __name__ == "__main__":

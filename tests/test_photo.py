@@ -10,16 +10,17 @@ import tifffile
 from PIL import Image, ImageCms, ImageOps
 from pytest import approx
 
+import image_files
 import imgproc
 import inference
 import weights
-from helpers import Enlarge, drawn_picture, noise_picture, tiny
-from photo import FORMATS, Photo, check_writable, read_photo, write_photo
+from helpers import Enlarge, drawn_image, noise_image, tiny
+from image_files import FORMATS, Photo, check_writable, read_photo, write_photo
 from upscaling import upscale
 
-RGB = drawn_picture(12, 17)
+RGB = drawn_image(12, 17)
 GRAY = np.ascontiguousarray(RGB[:, :, 0])
-ALPHA = np.ascontiguousarray(noise_picture(12, 17, 3)[:, :, 0])
+ALPHA = np.ascontiguousarray(noise_image(12, 17, 3)[:, :, 0])
 DEEP = np.random.default_rng(1).integers(0, 65536, (12, 17, 4), dtype=np.uint16)
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -117,7 +118,7 @@ def test_sixteen_bits_come_back_bit_for_bit(tmp_path, suffix, gray, with_alpha):
             assert image.size == (17, 12)
             assert image.info["icc_profile"] == SRGB
     if suffix == ".png" or not (gray and with_alpha):  # OpenCV too reads the same
-        other = imgproc.decode_deep((tmp_path / f"a{suffix}").read_bytes())
+        other = image_files.decode_deep((tmp_path / f"a{suffix}").read_bytes())
         colours = three(other) if other.ndim == 2 else other[:, :, 2::-1]
         assert (colours == pixels).all()
 
@@ -401,8 +402,8 @@ def test_folders_names_and_formats_are_kept(tmp_path, network_path, capsys):
     folder = tmp_path / "in"
     names = ["a.png", "b.JPG", "sub/a.png", "sub/日本 語.webp", "sub/deep/ü.tif", "sub/c.bmp"]
     for name in names:
-        imgproc.write_image(folder / name, drawn_picture(6, 7))
-    imgproc.write_image(folder / ".hidden/x.png", RGB)
+        image_files.write_image(folder / name, drawn_image(6, 7))
+    image_files.write_image(folder / ".hidden/x.png", RGB)
     (folder / "notes.txt").write_text("x")
     run("--input", folder, "--output", folder / "out", "--output_format", "same", "--model_path", network_path)
     written = sorted(str(path.relative_to(folder / "out")) for path in (folder / "out").rglob("*") if path.is_file())
@@ -448,7 +449,7 @@ def twelve_bits():
 
 def test_memory_that_runs_out_for_one_picture_spares_the_others(tmp_path, network_path, monkeypatch):
     for name in ("a.png", "b.png"):
-        imgproc.write_image(tmp_path / "in" / name, RGB)
+        image_files.write_image(tmp_path / "in" / name, RGB)
     real = inference.enlarge_photo
 
     def limited(photo, enlarge, size):
@@ -465,7 +466,7 @@ def test_memory_that_runs_out_for_one_picture_spares_the_others(tmp_path, networ
 
 def test_what_fails_is_listed_and_the_others_are_done(tmp_path, network_path):
     for name in ("a.png", "c.png"):
-        imgproc.write_image(tmp_path / "in" / name, RGB)
+        image_files.write_image(tmp_path / "in" / name, RGB)
     write_photo(tmp_path / "in" / "b.png", Photo(RGB, ALPHA))
     (tmp_path / "in" / "d.png").write_bytes(b"text")
     (tmp_path / "in" / "e.tif").write_bytes(twelve_bits())
@@ -486,7 +487,7 @@ def test_what_fails_is_listed_and_the_others_are_done(tmp_path, network_path):
     ],
 )
 def test_settings_out_of_range_are_refused(tmp_path, arguments, message, capsys):
-    with pytest.raises((SystemExit, ValueError)) as error:  # older versions of tyro leave the sentence to utils.run
+    with pytest.raises((SystemExit, ValueError)) as error:  # older versions of tyro leave the sentence to run_script
         run("--input", tmp_path, *arguments)
     assert message in " ".join(f"{capsys.readouterr().err} {error.value}".replace("│", " ").split())
 
@@ -495,6 +496,6 @@ def test_settings_out_of_range_are_refused(tmp_path, arguments, message, capsys)
     ("outscale", "size"), [(1, (12, 17)), (2, (24, 34)), (1.3, (16, 22)), (1.1, (13, 19)), (0.01, (1, 1)), (5, (60, 85))]
 )
 def test_outscale_is_the_final_size(tmp_path, network_path, outscale, size):
-    imgproc.write_image(tmp_path / "a.png", RGB)
+    image_files.write_image(tmp_path / "a.png", RGB)
     run("--input", tmp_path / "a.png", "--output", tmp_path / "o", "--model_path", network_path, "--outscale", outscale)
     assert read_photo(tmp_path / "o/a.png").pixels.shape[:2] == size

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import dataset
+import image_files
 import imgproc
-import utils
-from helpers import REPOSITORY, drawn_picture, noise_picture
+from helpers import REPOSITORY, drawn_image, noise_image
+from runtime import run_script
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 prepare_dataset = importlib.import_module("prepare_dataset")
@@ -31,9 +32,9 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {file.relative_to(folder).as_posix(): (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
 
 
-def lr_of(path: Path, scale: int, degradation: str = "BI") -> imgproc.Picture:
+def lr_of(path: Path, scale: int, degradation: str = "BI") -> imgproc.RGB:
     """The LR image of a whole original, as made on the fly where a set has none."""
-    gt = imgproc.crop_to_multiple(imgproc.read_image(path), scale)
+    gt = imgproc.crop_to_multiple(image_files.read_image(path), scale)
     return dataset.make_lr(dataset.Pair(path.stem, path, None), gt, scale, degradation)
 
 
@@ -41,8 +42,8 @@ def lr_of(path: Path, scale: int, degradation: str = "BI") -> imgproc.Picture:
 def source(tmp_path) -> Path:
     """Originals of awkward sizes, in two formats."""
     folder = tmp_path / "originals"
-    imgproc.write_image(folder / "a.png", noise_picture(37, 50))
-    imgproc.write_image(folder / "b.jpg", drawn_picture(41, 29))
+    image_files.write_image(folder / "a.png", noise_image(37, 50))
+    image_files.write_image(folder / "b.jpg", drawn_image(41, 29))
     (folder / "notes.txt").write_text("not a picture")
     return folder
 
@@ -57,11 +58,11 @@ def output(tmp_path) -> Path:
 
 def test_lr_images_are_those_that_degrade_makes(source, output):
     prepare(source, output, *ALL)
-    a = imgproc.read_image(source / "a.png")
+    a = image_files.read_image(source / "a.png")
     for scale in (2, 3, 4, 8):
         expected = imgproc.degrade(imgproc.crop_to_multiple(a, scale), scale)
-        assert np.array_equal(imgproc.read_image(output / f"LRbicx{scale}/a.png"), expected)
-    assert np.array_equal(imgproc.read_image(output / "LRBDx3/a.png"), imgproc.degrade(imgproc.crop_to_multiple(a, 3), 3, "BD"))
+        assert np.array_equal(image_files.read_image(output / f"LRbicx{scale}/a.png"), expected)
+    assert np.array_equal(image_files.read_image(output / "LRBDx3/a.png"), imgproc.degrade(imgproc.crop_to_multiple(a, 3), 3, "BD"))
     assert sorted(folder.name for folder in output.iterdir()) == sorted(
         ["GT", "LRBDx3", "LRDNx3", "LRbicx2", "LRbicx3", "LRbicx4", "LRbicx8", "prepared.json"]
     )
@@ -93,10 +94,10 @@ def test_originals_are_copied_byte_for_byte(source, output):
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_lr_images_of_set5_are_matlabs(data_root, tmp_path, scale):
     prepare(data_root / "Set5" / "GT", tmp_path, "--upscale_factors", str(scale))
-    files = imgproc.list_images(data_root / f"Set5/LRbicx{scale}_matlab")
+    files = image_files.list_images(data_root / f"Set5/LRbicx{scale}_matlab")
     assert len(files) == 5
     for file in files:
-        assert np.array_equal(imgproc.read_image(tmp_path / f"LRbicx{scale}" / file.name), imgproc.read_image(file))
+        assert np.array_equal(image_files.read_image(tmp_path / f"LRbicx{scale}" / file.name), image_files.read_image(file))
 
 
 # Sub-images
@@ -126,25 +127,25 @@ def test_sub_images_are_cut_from_the_whole(source, output):
     prepare(source, output, *ALL, "--upscale_factors", "2", "4", "--sub_image_size", "24", "--sub_image_step", "12")
     places = {"a": [(0, 0), (0, 12), (0, 24), (12, 0), (12, 12), (12, 24)], "b": [(0, 0), (12, 0)]}  # 36x48 and 36x24 are aligned to 12
     for stem, path in (("a", source / "a.png"), ("b", source / "b.jpg")):
-        gt = imgproc.read_image(path)
+        gt = image_files.read_image(path)
         lrs = {folder: lr_of(path, int(folder[-1]), kind) for folder, kind in
                (("LRbicx2", "BI"), ("LRbicx4", "BI"), ("LRBDx3", "BD"), ("LRDNx3", "DN"))}  # fmt: skip
         for number, (top, left) in enumerate(places[stem], 1):
             name = f"{stem}_s{number:03d}.png"
-            assert np.array_equal(imgproc.read_image(output / "GT" / name), gt[top : top + 24, left : left + 24])
+            assert np.array_equal(image_files.read_image(output / "GT" / name), gt[top : top + 24, left : left + 24])
             for folder, lr in lrs.items():
                 scale = int(folder[-1])
                 y, x, side = top // scale, left // scale, 24 // scale
-                assert np.array_equal(imgproc.read_image(output / folder / name), lr[y : y + side, x : x + side])
+                assert np.array_equal(image_files.read_image(output / folder / name), lr[y : y + side, x : x + side])
     assert len(dataset.find_pairs(output, 3, "DN")) == 8
     assert dataset.gt_sizes(dataset.find_pairs(output, 4), 4) == [(24, 24)] * 8
 
 
 def test_a_picture_smaller_than_a_sub_image_stays_whole(source, output, capsys):
     prepare(source, output, "--upscale_factors", "4", "--sub_image_size", "40")
-    assert imgproc.read_image(output / "GT/a_s001.png").shape == (36, 40, 3)
-    assert imgproc.read_image(output / "GT/b_s001.png").shape == (40, 28, 3)
-    assert imgproc.read_image(output / "LRbicx4/b_s001.png").shape == (10, 7, 3)
+    assert image_files.read_image(output / "GT/a_s001.png").shape == (36, 40, 3)
+    assert image_files.read_image(output / "GT/b_s001.png").shape == (40, 28, 3)
+    assert image_files.read_image(output / "LRbicx4/b_s001.png").shape == (10, 7, 3)
     assert "3 sub-images of 40x40 every 40 pixels, 3 of them smaller" in capsys.readouterr().out
 
 
@@ -185,7 +186,7 @@ def test_sets_of_different_sub_images_are_not_mixed(source, output, first, secon
 
 
 def test_sub_images_are_not_mixed_with_the_users_pictures(source, output):
-    imgproc.write_image(output / "GT/mine.png", noise_picture(20, 20))
+    image_files.write_image(output / "GT/mine.png", noise_image(20, 20))
     for originals in (source, output / "GT"):
         with pytest.raises(ValueError, match="holds pictures already, with which sub-images can't be mixed"):
             prepare(originals, output, *SUB)
@@ -214,7 +215,7 @@ def test_a_second_run_writes_nothing(source, output, more, capsys):
 def test_another_scale_and_another_original_only_add(source, output):
     prepare(source, output, "--upscale_factors", "4")
     before = snapshot(output)
-    imgproc.write_image(source / "c.png", drawn_picture(20, 30))
+    image_files.write_image(source / "c.png", drawn_image(20, 30))
     prepare(source, output, "--upscale_factors", "2", "4")
     after = snapshot(output)
     assert after.keys() - before.keys() == {"GT/c.png", "LRbicx2/a.png", "LRbicx2/b.png", "LRbicx2/c.png", "LRbicx4/c.png"}
@@ -265,8 +266,8 @@ def test_the_copies_stand_for_the_originals_when_those_are_gone(source, output):
 @pytest.mark.parametrize(("folder", "lr_folder", "ending"), [("HR", "LR_bicubic/X4", "x4"), ("GTmod12", "LRbicx4", "")])
 def test_published_layouts_are_kept_and_completed(output, capsys, folder, lr_folder, ending):
     for name in ("a", "b"):
-        imgproc.write_image(output / folder / f"{name}.png", drawn_picture(24, 36, ord(name)))
-    imgproc.write_image(output / lr_folder / f"a{ending}.png", lr_of(output / folder / "a.png", 4))
+        image_files.write_image(output / folder / f"{name}.png", drawn_image(24, 36, ord(name)))
+    image_files.write_image(output / lr_folder / f"a{ending}.png", lr_of(output / folder / "a.png", 4))
     before = snapshot(output)
     prepare(output / folder, output, "--upscale_factors", "2", "4")
     after = snapshot(output)
@@ -282,7 +283,7 @@ def test_published_layouts_are_kept_and_completed(output, capsys, folder, lr_fol
 @pytest.mark.parametrize(("more", "files"), [(("--upscale_factors", "2", "4"), 6), (SUB, 96)])
 def test_an_interrupted_run_goes_on(source, output, tmp_path, monkeypatch, more, files):
     prepare(source, tmp_path / "whole", *more)
-    write, count = imgproc.write_image, []
+    write, count = image_files.write_image, []
 
     def interrupted(path, image):
         count.append(path)
@@ -304,7 +305,7 @@ def test_an_interrupted_run_goes_on(source, output, tmp_path, monkeypatch, more,
 
 def test_an_interrupted_overwriting_is_noticed(source, output, monkeypatch):
     prepare(source, output, "--upscale_factors", "2")
-    imgproc.write_image(source / "a.png", noise_picture(37, 50, 1))
+    image_files.write_image(source / "a.png", noise_image(37, 50, 1))
 
     def interrupted(path, image):
         raise KeyboardInterrupt
@@ -316,7 +317,7 @@ def test_an_interrupted_overwriting_is_noticed(source, output, monkeypatch):
     with pytest.raises(ValueError, match=r"have changed since they were prepared.*: a\.png;"):
         prepare(source, output, "--upscale_factors", "2")
     prepare(source, output, "--upscale_factors", "2", "--overwrite", "True")
-    assert np.array_equal(imgproc.read_image(output / "LRbicx2/a.png"), lr_of(source / "a.png", 2))
+    assert np.array_equal(image_files.read_image(output / "LRbicx2/a.png"), lr_of(source / "a.png", 2))
     before = snapshot(output)
     prepare(source, output, "--upscale_factors", "2")
     assert snapshot(output) == before
@@ -345,7 +346,7 @@ def test_a_changed_original_is_named_and_overwritten_only_if_asked(source, outpu
         for name in ("a.png", "b.jpg"):
             (source / name).rename(originals / name)
     prepare(originals, output, "--upscale_factors", "2", "4")
-    imgproc.write_image(originals / "a.png", noise_picture(37, 50, 1))  # of the same size
+    image_files.write_image(originals / "a.png", noise_image(37, 50, 1))  # of the same size
     before = snapshot(output)
     with pytest.raises(ValueError, match=r"changed since they were prepared, or are other pictures of the same name: a\.png; set --overwr"):
         prepare(originals, output, "--upscale_factors", "2", "4")
@@ -367,7 +368,7 @@ def test_a_changed_original_whose_files_were_removed_is_made_anew(source, output
     prepare(source, output, *more)
     for file in output.glob("*/a*.png"):
         file.unlink()
-    imgproc.write_image(source / "a.png", noise_picture(37, 50, 1))
+    image_files.write_image(source / "a.png", noise_image(37, 50, 1))
     prepare(source, output, *more)
     prepare(source, output, *more, "--verify", "True")
     before = snapshot(output)
@@ -377,7 +378,7 @@ def test_a_changed_original_whose_files_were_removed_is_made_anew(source, output
 
 def test_sub_images_of_a_place_that_is_gone_are_named(source, output):
     prepare(source, output, *SUB)
-    imgproc.write_image(source / "b.jpg", drawn_picture(20, 29))
+    image_files.write_image(source / "b.jpg", drawn_image(20, 29))
     before = snapshot(output)
     with pytest.raises(ValueError, match=r"GT: the originals, as they are now, have no b_s007\.png, .*b_s012\.png; move these"):
         prepare(source, output, *SUB, "--overwrite", "True")
@@ -387,9 +388,9 @@ def test_sub_images_of_a_place_that_is_gone_are_named(source, output):
 def test_all_unusable_originals_are_listed_before_anything_is_written(source, output):
     (source / "empty.png").write_bytes(b"")
     (source / "text.png").write_text("not a picture")
-    imgproc.write_image(source / "small.png", noise_picture(7, 30))
-    imgproc.write_image(source / "a.bmp", noise_picture(37, 50))
-    imgproc.write_image(source / "img_SRF_2_LR.png", noise_picture(20, 20))
+    image_files.write_image(source / "small.png", noise_image(7, 30))
+    image_files.write_image(source / "a.bmp", noise_image(37, 50))
+    image_files.write_image(source / "img_SRF_2_LR.png", noise_image(20, 20))
     with pytest.raises(ValueError, match="nothing was written, as of 7 originals some can't be used") as refused:
         prepare(source, output)
     sentences = str(refused.value).split("\n  ")[1:]
@@ -409,7 +410,7 @@ def test_one_damaged_original_does_not_stop_the_others(source, output, capsys):
     data = (source / "a.png").read_bytes()
     (source / "damaged.png").write_bytes(data[: len(data) // 2])  # its header is right
     with pytest.raises(SystemExit) as ended:
-        utils.run(lambda: prepare(source, output, "--upscale_factors", "2"))
+        run_script(lambda: prepare(source, output, "--upscale_factors", "2"))
     assert ended.value.code == 1
     assert "1 of 3 originals can't be used; all others are done:\n  " + str(source / "damaged.png") in capsys.readouterr().err
     assert set(snapshot(output)) == {"GT/a.png", "GT/b.jpg", "LRbicx2/a.png", "LRbicx2/b.png", "prepared.json"}
@@ -433,15 +434,15 @@ def test_a_missing_or_empty_input_is_named(tmp_path, output, exists):
 @pytest.mark.parametrize(
     ("name", "image", "sentence"),
     [
-        ("GT/a.png", noise_picture(37, 50, 5), r"GT.a\.png: is another file than .*originals.a\.png; rename one"),
-        ("GT/a.jpg", noise_picture(37, 50), r"GT.a\.jpg: is another file than .*originals.a\.png"),
-        ("GT/other.png", noise_picture(37, 50), r"GT.other\.png would have no partner in .*LRbicx2, as the input lacks the originals"),
-        ("LRbicx2/a.png", noise_picture(19, 25), r"LRbicx2.a\.png: 25x19, but 25x18 are needed; remove it"),
-        ("LRbicx2/other.png", noise_picture(18, 25), r"LRbicx2.other\.png: its original is neither in the input nor in .*GT; move it"),
+        ("GT/a.png", noise_image(37, 50, 5), r"GT.a\.png: is another file than .*originals.a\.png; rename one"),
+        ("GT/a.jpg", noise_image(37, 50), r"GT.a\.jpg: is another file than .*originals.a\.png"),
+        ("GT/other.png", noise_image(37, 50), r"GT.other\.png would have no partner in .*LRbicx2, as the input lacks the originals"),
+        ("LRbicx2/a.png", noise_image(19, 25), r"LRbicx2.a\.png: 25x19, but 25x18 are needed; remove it"),
+        ("LRbicx2/other.png", noise_image(18, 25), r"LRbicx2.other\.png: its original is neither in the input nor in .*GT; move it"),
     ],
 )
 def test_a_file_in_the_way_is_named_and_nothing_is_written(source, output, name, image, sentence):
-    imgproc.write_image(output / name, image)
+    image_files.write_image(output / name, image)
     before = snapshot(output)
     for more in ((), ("--overwrite", "True")):
         with pytest.raises(ValueError, match=sentence):
@@ -450,12 +451,12 @@ def test_a_file_in_the_way_is_named_and_nothing_is_written(source, output, name,
 
 
 def test_a_users_lr_image_is_never_overwritten(source, output, capsys):
-    mine = noise_picture(18, 25)
-    imgproc.write_image(output / "LRbicx2/a.png", mine)
+    mine = noise_image(18, 25)
+    image_files.write_image(output / "LRbicx2/a.png", mine)
     before = snapshot(output)["LRbicx2/a.png"]
     prepare(source, output, "--upscale_factors", "2")
     assert "1 LR images are not from this script and are kept; --verify True" in capsys.readouterr().out
-    imgproc.write_image(source / "a.png", noise_picture(37, 50, 1))
+    image_files.write_image(source / "a.png", noise_image(37, 50, 1))
     prepare(source, output, "--upscale_factors", "2", "--overwrite", "True")
     assert snapshot(output)["LRbicx2/a.png"] == before
     assert (output / "GT/a.png").read_bytes() == (source / "a.png").read_bytes()
@@ -466,7 +467,7 @@ def test_a_users_lr_image_is_never_overwritten(source, output, capsys):
 def test_a_users_file_that_took_the_place_of_ours_is_not_overwritten(source, output):
     prepare(source, output, "--upscale_factors", "2")
     (output / "LRbicx2/a.png").rename(output / "LRbicx2/ax2.png")
-    imgproc.write_image(source / "a.png", noise_picture(37, 50, 1))
+    image_files.write_image(source / "a.png", noise_image(37, 50, 1))
     before = snapshot(output)
     with pytest.raises(ValueError, match=r"ax2\.png: is not from this script; move it away"):
         prepare(source, output, "--upscale_factors", "2", "--overwrite", "True")
@@ -475,14 +476,14 @@ def test_a_users_file_that_took_the_place_of_ours_is_not_overwritten(source, out
 
 def test_a_copy_that_was_edited_becomes_the_original(source, output):
     prepare(source, output, "--upscale_factors", "2")
-    imgproc.write_image(output / "GT/a.png", noise_picture(37, 50, 1))
+    image_files.write_image(output / "GT/a.png", noise_image(37, 50, 1))
     edited = snapshot(output)["GT/a.png"]
     with pytest.raises(ValueError, match=r"have changed since they were prepared.*: a\.png;"):
         prepare(output / "GT", output, "--upscale_factors", "4")
     prepare(output / "GT", output, "--upscale_factors", "2", "--overwrite", "True")
     assert snapshot(output)["GT/a.png"] == edited
     prepare(output / "GT", output)
-    assert np.array_equal(imgproc.read_image(output / "LRbicx2/a.png"), lr_of(output / "GT/a.png", 2))
+    assert np.array_equal(image_files.read_image(output / "LRbicx2/a.png"), lr_of(output / "GT/a.png", 2))
     with pytest.raises(ValueError, match=r"GT.a\.png: is another file than .*originals.a\.png"):
         prepare(source, output, "--overwrite", "True")
 
@@ -506,12 +507,12 @@ def test_one_changed_value_is_found(source, output, more, name, capsys):
     prepare(source, output, *more)
     prepare(source, output, *more, "--verify", "True")
     assert capsys.readouterr().out.count("images, all as their originals give") == (7 if more == ALL else 3)
-    image = imgproc.read_image(output / name)
+    image = image_files.read_image(output / name)
     image[1, 2, 0] = image[1, 2, 0] - 1 if image[1, 2, 0] else 1
-    imgproc.write_image(output / name, image)
+    image_files.write_image(output / name, image)
     before = snapshot(output)
     with pytest.raises(SystemExit) as ended:
-        utils.run(lambda: prepare(source, output, *more, "--verify", "True"))
+        run_script(lambda: prepare(source, output, *more, "--verify", "True"))
     assert ended.value.code == 1
     assert f"{output / name}: 1 of {image.size:,} values differ, by up to 1\n" in capsys.readouterr().err
     assert snapshot(output) == before

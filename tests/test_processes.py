@@ -16,13 +16,13 @@ import pytest
 from pytest import approx
 
 import checkpoints
-import imgproc
-import utils
+import image_files
 import weights
 from config import Config
 from config_improved import ImprovedConfig
 from helpers import REPOSITORY, write_set
 from runs import free_port, in_processes, log_lines, same_checkpoints, small_runs
+from runtime import Poll, Runtime
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")]
 
@@ -138,7 +138,9 @@ def test_one_with_eight_patches_is_two_with_four_is_four_with_two(settings, alon
     assert_near(alone, two)
     assert_near(alone, four)
     for sheet in sorted((alone.experiment_dir / "samples").iterdir()):  # the same pictures, whoever has scored them
-        pixels, others = (imgproc.read_image(folder / sheet.name).astype(int) for folder in (sheet.parent, two.experiment_dir / "samples"))
+        pixels, others = (
+            image_files.read_image(folder / sheet.name).astype(int) for folder in (sheet.parent, two.experiment_dir / "samples")
+        )
         assert pixels.shape == others.shape == (2 * 128, 3 * 128, 3)
         assert abs(pixels - others).max() <= 1
 
@@ -282,7 +284,7 @@ OF_EACH = """
 import os, sys, train, train_improved, utils
 from config import Config
 from config_improved import ImprovedConfig
-utils.run(lambda: train.train(eval(sys.argv[1 + int(os.environ["RANK"])]), train.PixelStep))
+run_script(lambda: train.train(eval(sys.argv[1 + int(os.environ["RANK"])]), train.PixelStep))
 """
 
 
@@ -309,7 +311,7 @@ def restore(run, *found):
     real(run, *found)
     {change}
 train.Run.restore = restore
-utils.run(lambda: train.train(eval(sys.argv[1]), train.PixelStep))
+run_script(lambda: train.train(eval(sys.argv[1]), train.PixelStep))
 """
 
 
@@ -348,16 +350,16 @@ def test_machines_with_other_pictures_refuse(settings, tmp_path):
 def test_one_that_waits_for_another_can_be_ended(place):
     code = """
 import os, signal, threading, time, utils
-runtime = utils.start_runtime()
+runtime = start_runtime()
 runtime.wait_for_all()
 start = time.monotonic()
 if runtime.rank == 0:
     time.sleep(8)
-    utils.run(lambda: None)  # which leaves the group
+    run_script(lambda: None)  # which leaves the group
 else:
     threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
     try:
-        utils.run(lambda: runtime.in_turns(int))
+        run_script(lambda: runtime.in_turns(int))
     except SystemExit as end:
         print(end.code, time.monotonic() - start < 5)
 """
@@ -386,7 +388,7 @@ def build(*arguments):
     print("built", end="")
     return real(*arguments)
 dataset._build = build
-utils.run(lambda: train.train(config, train.PixelStep))
+run_script(lambda: train.train(config, train.PixelStep))
 """
     config = settings(exp_name="caches", cache_dir=str(tmp_path), results_dir=str(tmp_path / "results"), epochs=1, eval_every=100)
     said = in_processes(code, repr(config), count=4)
@@ -396,14 +398,14 @@ utils.run(lambda: train.train(config, train.PixelStep))
 def test_evaluation_is_spread_and_gives_the_same_table(place):
     code = """
 import sys, torch, utils, imgproc
-from helpers import drawn_picture
-runtime = utils.start_runtime()
-gts = [drawn_picture(40, 44, seed) for seed in range(5)]
+from helpers import drawn_image
+runtime = start_runtime()
+gts = [drawn_image(40, 44, seed) for seed in range(5)]
 images = [(name, imgproc.degrade(gt, 2), gt) for name, gt in zip("cabed", gts)]
 seen = []
 scores = utils.evaluate(lambda lr: imgproc.imresize(lr, 2), images, 2, runtime, on_image=lambda name, *_: seen.append(name))
 print({name: scores[name] for name in ("psnr", "ssim", "images")}, "|", "".join(seen))
-utils.run(lambda: None)  # which leaves the group
+run_script(lambda: None)  # which leaves the group
 """
     code = f"import sys; sys.path.append({str(REPOSITORY / 'tests')!r})\n{code}"
     (single,), pair = in_processes(code, count=1), in_processes(code, count=2)
@@ -414,13 +416,15 @@ utils.run(lambda: None)  # which leaves the group
 def test_questions_are_answered_an_update_later_and_alike(place):
     code = """
 import utils
-runtime = utils.start_runtime()
-poll = utils.Poll(runtime)
+from runtime import Poll, Runtime, run_script, start_runtime
+import image_files
+runtime = start_runtime()
+poll = Poll(runtime)
 heard = [poll(update == 1 and runtime.rank == 1, update == 2) for update in range(4)]
 print(heard, poll.finish(), poll.finish())
-utils.run(lambda: None)  # which leaves the group
+run_script(lambda: None)  # which leaves the group
 """
     expected = "[[False, False], [False, False], [True, False], [False, True]] [False, False] []"
     assert [said.strip() for said in in_processes(code)] == [expected] * 2
-    poll = utils.Poll(utils.Runtime(device=None))
+    poll = Poll(Runtime(device=None))
     assert (poll(True, False), poll(False, True), poll.finish()) == ([True, False], [False, True], [])

@@ -13,6 +13,7 @@ import dataset
 from config import Config
 from helpers import REPOSITORY, write_set
 from runs import log_lines, same_checkpoints, small_runs
+from store import PairStore
 
 METHODS = [method for method in ("spawn", "forkserver") if method in multiprocessing.get_all_start_methods()]
 
@@ -20,7 +21,7 @@ METHODS = [method for method in ("spawn", "forkserver") if method in multiproces
 @pytest.mark.parametrize("method", METHODS)
 def test_training_batches(tmp_path, method):
     pairs = dataset.find_pairs(write_set(tmp_path / "Train", [(40, 44), (36, 60)]), 2)
-    store = dataset.PairStore.open_or_build({"Train": pairs}, 2, "BI", tmp_path / "cache", progress=False)
+    store = PairStore.open_or_build({"Train": pairs}, 2, "BI", tmp_path / "cache", progress=False)
     batches = dataset.TrainBatches(store, 2, 8, seed=1)
     loader = DataLoader(batches, batch_size=None, sampler=range(4), num_workers=2, multiprocessing_context=method)
     for number, batch in enumerate(loader):
@@ -33,7 +34,7 @@ def test_pictures_to_score(tmp_path, method, prepared):
     folder = write_set(tmp_path / "Valid", [(40, 44), (36, 60)])
     if prepared:
         for image in dataset.EvaluationSet(dataset.find_pairs(folder, 2), 2):
-            dataset.imgproc.write_image(folder / "LRbicx2" / f"{image[0]}.png", image[1])
+            dataset.image_files.write_image(folder / "LRbicx2" / f"{image[0]}.png", image[1])
     images = dataset.open_test_sets(tmp_path, ["Valid"], 2)["Valid"]
     loader = DataLoader(images, batch_size=None, sampler=range(len(images)), num_workers=2, multiprocessing_context=method)
     for number, (name, lr, gt) in enumerate(loader):
@@ -78,6 +79,8 @@ def test_training(tmp_path, method):
 
 LISTEN = """
 import sys, runpy
+from store import PairStore
+import image_files
 heard = []
 def hear(event, arguments):
     if event in ("socket.bind", "socket.connect") and isinstance(arguments[1], tuple):  # not the sockets within this machine

@@ -20,9 +20,11 @@ import weights
 from config import Config
 from helpers import REPOSITORY, tiny, write_set
 from runs import log_lines, same_checkpoints, small_runs, stop_after, tensors
+from runtime import Runtime
+from store import PairStore
 from upscaling import upscale
 
-CPU = utils.Runtime(torch.device("cpu"))
+CPU = Runtime(torch.device("cpu"))
 
 
 @pytest.fixture
@@ -294,7 +296,7 @@ def test_the_log_names_the_term_and_the_images_and_stays_finite(settings, monkey
 
 def store_of(config):
     sets = {"Train": dataset.find_pairs(f"{config.data_root}/Train", 2)}
-    return dataset.PairStore.open_or_build(sets, 2, "BI", config.cache_dir)
+    return PairStore.open_or_build(sets, 2, "BI", config.cache_dir)
 
 
 def test_too_many_skipped_updates_end_the_run_and_keep_the_last_good_file(settings, monkeypatch):
@@ -324,6 +326,7 @@ def test_what_saves_memory_gives_the_plain_run(settings, changes):
 
 def test_activation_checkpointing_keeps_less(settings):
     """What the groups compute is not kept for backward, but computed again."""
+
     def kept(**changes):
         step, sizes = train.PixelStep(settings(num_rcab=6, **changes), CPU, "fp32"), []
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor):
@@ -401,10 +404,7 @@ def test_a_stop_during_an_evaluation_leaves_it_due(settings, monkeypatch):
 
 def test_a_second_training_of_one_run_is_refused(settings, monkeypatch):
     config, call = settings(), train.PixelStep.__call__
-    code = (
-        "import train, utils; from config import Config\n"
-        f"utils.run(lambda: train.train({config!r}, train.PixelStep))"
-    )
+    code = f"import train, utils; from config import Config\nrun_script(lambda: train.train({config!r}, train.PixelStep))"
     ended = []
 
     def while_another_starts(self, lr, gt):

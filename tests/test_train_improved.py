@@ -21,9 +21,10 @@ from config import Config
 from config_improved import ImprovedConfig, preset
 from helpers import tiny, write_set
 from runs import in_processes, log_lines, same_checkpoints, small_runs, stop_after, tensors
+from runtime import Runtime
 from train_improved import AdversarialStep
 
-CPU = utils.Runtime(torch.device("cpu"))
+CPU = Runtime(torch.device("cpu"))
 COMPOSITE = {
     "model_arch_name": "rcan_cbam_x2", "use_composite_loss": True, "vgg19_weights_path": "random", "perceptual_layers": ("conv2_1",),
     "perceptual_weight": 0.1, "adversarial_weight": 0.01, "discriminator_channels": 4, "discriminator_learning_rate": 1e-3,
@@ -355,7 +356,7 @@ def test_vgg19_that_cannot_be_had_is_said_before_anything_is_written(settings, t
 
 def test_one_patch_a_process_is_refused(settings):
     with pytest.raises(ValueError, match="batch_size=2 leaves 2 processes one patch of 32 each"):
-        AdversarialStep(settings(batch_size=2), utils.Runtime(torch.device("cpu"), 0, 2), "fp32")
+        AdversarialStep(settings(batch_size=2), Runtime(torch.device("cpu"), 0, 2), "fp32")
 
 
 # The discriminator wins
@@ -405,6 +406,7 @@ def test_the_log_has_every_term(settings):
 TOGETHER = """
 import json, sys, train, train_improved, torch, utils
 from config_improved import ImprovedConfig, preset
+from runtime import Runtime, run_script
 class Watched(train_improved.AdversarialStep):
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -413,7 +415,7 @@ def main():
     train.train(eval(sys.argv[1]), Watched)
     networks = (Watched.last.generator, Watched.last.discriminator)
     print(json.dumps([parameter.detach().double().flatten().tolist() for network in networks for parameter in network.parameters()]))
-utils.run(main)
+run_script(main)
 """
 
 

@@ -15,13 +15,13 @@ import imgproc
 import model
 import upscaling
 import weights
-from helpers import REPOSITORY, Enlarge, drawn_picture, noise_picture, tiny
+from helpers import REPOSITORY, Enlarge, drawn_image, noise_image, tiny
 from upscaling import upscale
 
 
 @pytest.mark.parametrize("self_ensemble", [False, True])
 def test_the_result_is_rounded_and_clipped(self_ensemble):
-    lr = drawn_picture(5, 7)
+    lr = drawn_image(5, 7)
     blocks = lr.repeat(2, 0).repeat(2, 1)
     before = lr.copy()
     assert (upscale(Enlarge(), lr, self_ensemble) == blocks).all()
@@ -43,14 +43,14 @@ def test_sixteen_bits_stay_sixteen_bits(self_ensemble):
 
 
 def test_self_ensemble_is_the_mean_over_the_eight_turns():
-    network, lr = tiny(2), drawn_picture(9, 7)
+    network, lr = tiny(2), drawn_image(9, 7)
     total = np.zeros((18, 14, 3))
     back = {0: 0, 1: 3, 2: 2, 3: 1, 4: 4, 5: 5, 6: 6, 7: 7}  # mirrored turns undo themselves
     for orientation in range(8):
-        turned = torch.from_numpy(imgproc.turn(lr, orientation).copy()).permute(2, 0, 1)[None] / 255
+        turned = torch.from_numpy(imgproc.flip_rotate(lr, orientation).copy()).permute(2, 0, 1)[None] / 255
         with torch.no_grad():
             sr = network(turned)[0].permute(1, 2, 0).numpy()
-        total += imgproc.turn(sr.copy(), back[orientation])
+        total += imgproc.flip_rotate(sr.copy(), back[orientation])
     expected = np.clip(total / 8, 0, 1) * 255
     assert np.abs(upscale(network, lr, self_ensemble=True) - expected).max() <= 0.5 + 1e-3
 
@@ -84,7 +84,7 @@ def test_strips_of_other_activations_change_nothing():
 
 @pytest.mark.parametrize("self_ensemble", [False, True])
 def test_a_picture_in_strips_is_that_in_one_piece(self_ensemble):
-    lr = drawn_picture(21, 16)
+    lr = drawn_image(21, 16)
     whole, parts = (upscale(tiny(3), lr, self_ensemble, strip_rows=rows) for rows in (100, 4))
     assert abs(whole.astype(int) - parts).max() <= 1  # where a value lies at a half
     assert (whole != parts).mean() < 0.001
@@ -102,7 +102,7 @@ def test_turned_pictures_have_strips_of_their_own(monkeypatch):
     asked, strips = [], upscaling._strips
     monkeypatch.setattr(upscaling, "STRIP_BYTES", 3 * 4 * 8 * 4 * 30 * 10)  # ten rows of 30 LR pixels
     monkeypatch.setattr(upscaling, "_strips", lambda network, x, rows: asked.append((x.shape[3], rows)) or strips(network, x, rows))
-    upscale(tiny(2), drawn_picture(30, 10), self_ensemble=True)
+    upscale(tiny(2), drawn_image(30, 10), self_ensemble=True)
     assert sorted(set(asked)) == [(10, 30), (30, 10)]
 
 
@@ -166,7 +166,7 @@ CPU_ERROR = RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAlloca
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), CPU_ERROR, MemoryError()], ids=["cuda", "cpu", "numpy"])
 def test_a_smaller_strip_is_tried_when_memory_runs_out(monkeypatch, error):
-    lr = drawn_picture(30, 16)
+    lr = drawn_image(30, 16)
     expected = upscale(tiny(2), lr)
     tried = out_of_memory_above(8, monkeypatch, error)
     with pytest.warns(UserWarning, match="out of memory; trying again with") as said:
@@ -179,14 +179,14 @@ def test_a_smaller_strip_is_tried_when_memory_runs_out(monkeypatch, error):
 def test_there_is_a_minimum_and_then_a_sentence(monkeypatch):
     tried = out_of_memory_above(0, monkeypatch, CPU_ERROR)
     with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"picture of 16x30 doesn't fit into memory, even 4 rows .* --tile 256"):
-        upscale(tiny(2), drawn_picture(30, 16))
+        upscale(tiny(2), drawn_image(30, 16))
     assert tried == [30, 15, 7, 4]
 
 
 def test_other_errors_are_not_taken_for_memory(monkeypatch):
     out_of_memory_above(0, monkeypatch, RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"):
-        upscale(tiny(2), drawn_picture(30, 16))
+        upscale(tiny(2), drawn_image(30, 16))
 
 
 # Output that is not finite
@@ -201,7 +201,7 @@ class Overflowing(Enlarge):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_what_overflows_is_computed_again_in_fp32(precision):
-    lr = drawn_picture(5, 7)
+    lr = drawn_image(5, 7)
     with pytest.warns(UserWarning, match=f"the output in {precision} is not finite; this picture is computed again in fp32"):
         sr = upscale(Overflowing(), lr, precision=precision)
     assert (sr == lr.repeat(2, 0).repeat(2, 1)).all()
@@ -209,13 +209,13 @@ def test_what_overflows_is_computed_again_in_fp32(precision):
 
 def test_output_that_is_not_finite_never_becomes_a_picture():
     with pytest.raises(ValueError, match="picture of 7x5 is not finite"):
-        upscale(Enlarge(float("nan")), drawn_picture(5, 7))
+        upscale(Enlarge(float("nan")), drawn_image(5, 7))
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="is not finite"):
-        upscale(Enlarge(float("inf")), drawn_picture(5, 7), precision="bf16")
+        upscale(Enlarge(float("inf")), drawn_image(5, 7), precision="bf16")
 
 
 def test_bf16_is_near_fp32():
-    network, lr = tiny(2), drawn_picture(24, 24)
+    network, lr = tiny(2), drawn_image(24, 24)
     exact, rounded = upscale(network, lr), upscale(network, lr, precision="bf16")
     assert (exact != rounded).any()
     assert imgproc.psnr(rounded, exact, 0) > 40
@@ -229,7 +229,7 @@ def test_bf16_is_near_fp32():
 def test_tiles_cover_every_pixel_of_every_size(factor, tile, overlap):
     network = Enlarge(factor=factor)
     for height, width in itertools.product((8, 9, 17, 33, 47, 70), (8, 15, 32, 69)):
-        lr = noise_picture(height, width)
+        lr = noise_image(height, width)
         assert (upscale(network, lr, tile=tile, tile_overlap=overlap) == lr.repeat(factor, 0).repeat(factor, 1)).all()
 
 
@@ -244,7 +244,7 @@ class Neutral(nn.Module):
 def test_without_attention_tiles_change_nothing(scale):
     network = tiny(scale, num_rg=1, num_rcab=1)
     network.trunk[0].residual_group[0].residual_channel_attention_block[3] = Neutral()
-    lr = noise_picture(61, 50)
+    lr = noise_image(61, 50)
     x = torch.from_numpy(lr).permute(2, 0, 1)[None] / 255
     with torch.inference_mode():
         whole = network(x)
@@ -285,7 +285,7 @@ def test_shares_sum_to_one_and_leave_out_the_cut_edges():
 
 
 def test_self_ensemble_and_memory_work_in_tiles(monkeypatch):
-    lr = drawn_picture(40, 30)
+    lr = drawn_image(40, 30)
     sr = upscale(tiny(2), lr, self_ensemble=True, tile=24, tile_overlap=8)
     assert sr.shape == (80, 60, 3)
     assert imgproc.psnr(sr, upscale(tiny(2), lr, self_ensemble=True), 0) > 25

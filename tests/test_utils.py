@@ -14,8 +14,9 @@ from torch import nn
 
 import imgproc
 import utils
-from helpers import REPOSITORY, drawn_picture, tiny
-from utils import EMA, Runtime
+from helpers import REPOSITORY, drawn_image, tiny
+from runtime import Runtime, StopRequest
+from utils import EMA
 
 CPU = Runtime(torch.device("cpu"))
 
@@ -66,7 +67,7 @@ def test_without_averaging_the_newest_weights_are_taken():
 
 
 def test_evaluate_means_over_pictures():
-    gts = [drawn_picture(40, 44, seed) for seed in range(3)]
+    gts = [drawn_image(40, 44, seed) for seed in range(3)]
     images = [(name, imgproc.degrade(gt, 2), gt) for name, gt in zip("cab", gts, strict=True)]
     seen = []
     scores = utils.evaluate(lambda lr: imgproc.imresize(lr, 2), images, 2, CPU, on_image=lambda name, lr, sr, gt: seen.append((name, sr)))
@@ -78,8 +79,8 @@ def test_evaluate_means_over_pictures():
 
 
 def test_a_stop_that_comes_with_the_last_picture_loses_no_scores():
-    images = [(name, drawn_picture(20, 20, 1), drawn_picture(40, 40, 1)) for name in "ab"]
-    stop = utils.StopRequest()
+    images = [(name, drawn_image(20, 20, 1), drawn_image(40, 40, 1)) for name in "ab"]
+    stop = StopRequest()
 
     def request(name, *_):
         stop.requested = 1.0 if name == last else None
@@ -144,20 +145,20 @@ def ends(code):
 
 
 def test_a_mistake_of_the_users_is_one_sentence_and_one_of_ours_a_traceback():
-    assert ends("utils.run(lambda: imgproc.read_image('gone.png'))") == (1, ["error: gone.png: no such file"])
-    code, lines = ends("utils.run(lambda: [].remove(1))")
+    assert ends("run_script(lambda: image_files.read_image('gone.png'))") == (1, ["error: gone.png: no such file"])
+    code, lines = ends("run_script(lambda: [].remove(1))")
     assert code == 1
     assert lines[0].startswith("Traceback")
 
 
 def test_a_stop_is_asked_for_once_and_forced_the_second_time():
     before = signal.getsignal(signal.SIGINT)  # ignored, where the tests run in the background
-    with utils.StopRequest() as stop:
+    with StopRequest() as stop:
         assert not stop
         os.kill(os.getpid(), signal.SIGINT)
         assert stop
         os.kill(os.getpid(), signal.SIGTERM)  # as torchrun and a terminal both do; the same request
-        stop.requested -= utils.StopRequest.SAME
+        stop.requested -= StopRequest.SAME
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGUSR1)
     assert signal.getsignal(signal.SIGINT) is before

@@ -1,35 +1,299 @@
-"""A person's pictures: pixels, and what has to come along (gray, alpha, 16 bits, colour profile, resolution).
-
-    photo = read_photo("holiday.jpg")                     # upright, whatever the camera's orientation tag says
-    write_photo("holiday_x4.png", replace(photo, pixels=sr))
-
-    in the file                        pixels                  written as
-    gray, 1 bit                        uint8, three equal      gray
-    gray and alpha, RGB, RGB and alpha uint8                   the same
-    palette, transparent palette       uint8                   RGB, RGB and alpha
-    CMYK, YCbCr, Lab                   uint8, by its profile   RGB
-    gray or RGB of 16 bits, or alpha   uint16                  the same, 16 bits (PNG, TIFF)
-    several pages or frames            the first               (said in `notes`)
-
-What a format can't hold (alpha in JPEG and BMP, 16 bits in JPEG, WebP and BMP) is refused and never dropped.
-"""
+"""Image files: one decoder and one encoder. (being merged)"""
 
 import io
 import logging
 import os
+import re
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import cv2
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-import imgproc
+import files
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+MAX_PIXELS = 110_000_000  # a photograph of 102 megapixels fits, and no picture of 8 bits takes 1 GB to be read
+KINDS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")  # Pillow's other kinds may start programs, as EPS does
+cv2.setNumThreads(0)  # its threads do not survive a fork, as in workers; each call here is too small to gain from them
+_silence = getattr(getattr(cv2.utils, "logging", cv2), "setLogLevel", None)  # OpenCV has had it in two places
+if _silence:
+    _silence(0)  # about damaged files, of which an error tells
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is checked instead
+warnings.filterwarnings("ignore", module=r"PIL\.")  # as above
+
+# What the decoders raise for broken data
+DECODING_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, ArithmeticError, EOFError, LookupError, struct.error, zlib.error, cv2.error,
+)  # fmt: skip
+
+NO_MEMORY = "there is too little memory to read it; free some, or copy the file again if it is damaged"
+
+# What a byte of a file can hold at most: a run of deflate takes 2 bits for 258 bytes, an LZW code 9 for 4096, a run of PackBits
+# 2 bytes for 128, and a JPEG's block of 64 pixels 1 bit
+_PIXELS_A_BYTE = {
+    "PNG": 8 * 1032, "JPEG": 512, "MPO": 512, "BMP 0": 8, "TIFF 1": 8, "TIFF 5": 8 * 3641, "TIFF 7": 512, "TIFF 8": 8 * 1032,
+    "TIFF 32773": 8 * 64, "TIFF 32946": 8 * 1032,
+}  # fmt: skip
+
+# WebP's decoder takes three times the memory of the others, that of BMP with runs as much time for 10 megapixels as others for 110
+_MAX_PIXELS_OF = {"WEBP": 40_000_000, "BMP 1": 10_000_000, "BMP 2": 10_000_000}
+
+RGB = NDArray[np.uint8]  # (H, W, 3), RGB
+
+
+# Files
+
+
+def read_image(path: str | os.PathLike) -> RGB:
+    """Read an image file as RGB uint8 (H, W, 3), whatever it holds.
+
+    Gray and palette become RGB, 16 bits are rounded to 8, alpha is dropped; of orientation tags, only TIFF's own is applied.
+    Any path that the system allows is read, also a non-ASCII one.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is empty, cut off, no image, or has more than `MAX_PIXELS`. The message names the file.
+    """
+    with open_file(path) as file, _named_errors(path):
+        return _decode(file)
+
+
+def image_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(height, width) from the file's header alone, without decoding.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is empty, no image, or has more than `MAX_PIXELS`. The message names it.
+    """
+    with open_file(path) as file, _named_errors(path):
+        try:
+            with open_header(file) as image:
+                return image.height, image.width
+        except UnidentifiedImageError:
+            return _deep_tiff_size(file)
+
+
+def write_image(path: str | os.PathLike, image: RGB) -> None:
+    """Write RGB uint8 (H, W, 3) in the format that the name's ending says; folders are made, and no half file is left.
+
+    Raises:
+        ValueError: not such an image, or an unknown ending.
+    """
+    path = Path(path)
+    _check_image(image, "image")
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"{path}: unknown ending {path.suffix!r}; known are {', '.join(IMAGE_SUFFIXES)}")
+    done, encoded = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    assert done
+    write_bytes(path, encoded.tobytes())
+
+
+def open_file(path: str | os.PathLike) -> BinaryIO:
+    """A picture file, to be read.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is empty.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if not path.stat().st_size:
+        raise ValueError(f"{path}: the file is empty; copy or download it again")
+    return path.open("rb")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a picture file whole or not at all; folders are made."""
+    files.write_whole(path, data, durable=False)
+
+
+def list_images(folder: str | os.PathLike) -> list[Path]:
+    """The image files of `folder`, sorted by name; hidden files and other endings are passed over."""
+    visible = (file for file in Path(folder).iterdir() if not file.name.startswith("."))
+    return sorted(file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+
+
+class TooLargeError(ValueError):
+    """A picture that takes too much memory; the message says what to do."""
+
+
+@contextmanager
+def _named_errors(path: str | os.PathLike) -> Iterator[None]:
+    try:
+        yield
+    except TooLargeError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not an image that can be read here; known are {', '.join(IMAGE_SUFFIXES)}") from None
+    except MemoryError:
+        raise ValueError(f"{path}: {NO_MEMORY}") from None
+    except DECODING_ERRORS as error:
+        raise ValueError(f"{path}: the image is damaged or cut off ({one_line(error)}); copy or download it again") from None
+
+
+def one_line(error: Exception) -> str:
+    """What a decoder says, for a sentence."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def open_header(file: BinaryIO) -> Image.Image:
+    """A picture by Pillow, not decoded, of a size that is worth trying.
+
+    Raises:
+        UnidentifiedImageError: Pillow doesn't know it.
+        TooLargeError: it has more than `MAX_PIXELS`.
+        ValueError: its bytes can't hold so many pixels; or one of `DECODING_ERRORS`.
+    """
+    file.seek(0)
+    try:
+        image = Image.open(file, formats=KINDS)
+    except Image.DecompressionBombError as error:  # beyond Pillow's own limit
+        count = re.search(r"\d+", str(error))
+        raise TooLargeError(_too_large(MAX_PIXELS, f"it has {int(count[0]):,}" if count else "it has far more")) from None
+    kind = image.format
+    if kind == "TIFF":
+        kind += f" {image.tag_v2.get(259, 1)}"
+    elif kind == "BMP":
+        kind += f" {image.info.get('compression', 0)}"
+    check_size(file, image.width, image.height, kind)
+    return image
+
+
+def check_size(file: BinaryIO, width: int, height: int, kind: str) -> None:
+    """Refuse a picture that takes too much memory, and a header that lies.
+
+    Args:
+        kind: Pillow's name; for TIFF and BMP, with the number of their compression.
+    """
+    limit = min(MAX_PIXELS, _MAX_PIXELS_OF.get(kind, MAX_PIXELS))
+    if width * height > limit:
+        raise TooLargeError(_too_large(limit, f"it is {width}x{height}"))
+    length, most = os.fstat(file.fileno()).st_size, _PIXELS_A_BYTE.get(kind)
+    if width < 1 or height < 1 or (most and width * height > most * length):
+        raise ValueError(f"its header says {width}x{height}, but there are {length} bytes")
+
+
+def _too_large(limit: int, found: str) -> str:
+    return f"more than {limit:,} pixels; cut it into parts ({found})"
+
+
+def _decode(file: BinaryIO) -> RGB:
+    head = file.read(32)
+    try:
+        image = open_header(file)
+    except UnidentifiedImageError:
+        return _decode_deep(file, _deep_tiff_size(file))
+    with image:
+        image.load()
+        if not image.mode.startswith(("I", "F")) and not has_16_bits(image, head):
+            return to_array(image, "RGB")
+        size = image.height, image.width
+    del image  # its pixels, which Pillow cut or clipped
+    return _decode_deep(file, size)
+
+
+def _decode_deep(file: BinaryIO, size: tuple[int, int]) -> RGB:
+    file.seek(0)
+    image = _to_rgb8(decode_deep(file.read()))
+    if image.shape[:2] != size:
+        raise ValueError(f"its header says {size[1]}x{size[0]}, but {image.shape[1]}x{image.shape[0]} were found")
+    return image
+
+
+def _deep_tiff_size(file: BinaryIO) -> tuple[int, int]:
+    """(height, width) of a TIFF that Pillow doesn't know, as one with 16-bit colour; raises as `open_header` does."""
+    file.seek(0)
+    head = file.read(8)
+    if not head.startswith(tuple(TiffImagePlugin.PREFIXES)):
+        raise UnidentifiedImageError
+    tags = TiffImagePlugin.ImageFileDirectory_v2(head + (file.read(8) if head[2] == 43 else b""))  # BigTIFF's is longer
+    file.seek(tags.next)
+    tags.load(file)
+    width, height = tags[256], tags[257]
+    if not isinstance(width, int) or not isinstance(height, int):
+        raise ValueError(f"its header says {width}x{height}")
+    check_size(file, width, height, f"TIFF {tags.get(259, 1)}")
+    return (width, height) if tags.get(274) in (5, 6, 7, 8) else (height, width)  # the tag Orientation: turned by OpenCV
+
+
+def to_array(image: Image.Image, mode: str) -> NDArray[np.uint8]:
+    """(H, W, 3) of "RGB", or (H, W) of alpha alone, "A"; in strips, as copies of the whole by Pillow and NumPy take 14 bytes a pixel."""
+    values = np.empty((image.height, image.width, 3) if mode == "RGB" else (image.height, image.width), np.uint8)
+    for rows in _strips(image.height, image.width):
+        strip = image.crop((0, rows.start, image.width, rows.stop))
+        if mode == "A" or strip.mode in ("P", "PA", "RGBa"):
+            strip = strip.convert("RGBA")
+        values[rows] = strip.getchannel("A") if mode == "A" else strip.convert("RGB")
+    return values
+
+
+def _strips(height: int, width: int) -> Iterator[slice]:
+    step = max(1, 2**20 // width)
+    return (slice(top, min(top + step, height)) for top in range(0, height, step))
+
+
+def has_16_bits(image: Image.Image, head: bytes) -> bool:
+    """Whether a PNG or TIFF file holds 16 bits a sample, which Pillow cuts to 8; `head` is how the file begins."""
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(258, (1,))) == 16  # BitsPerSample, one for each channel
+    return head.startswith(b"\x89PNG\r\n\x1a\n") and head[24] == 16  # IHDR: length, name, width, height, bit depth
+
+
+def decode_deep(data: bytes) -> NDArray | None:
+    """All bits of a file's samples, (H, W) or (H, W, 3 or 4) in the order BGR or BGRA; None where OpenCV can't.
+
+    A TIFF is turned as its tag Orientation says.
+    """
+    if data.startswith(b"\x89PNG"):  # only what makes pixels: OpenCV takes the memory that any chunk's length asks for
+        needed = (b"IHDR", b"tRNS", b"IDAT")
+        data = b"".join([data[:8], *(data[start:end] for name, start, end in png_chunks(data) if name in needed), _PNG_END])
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # BGR, BGRA or gray
+
+
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+
+
+def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """(name, start, end) of a PNG's whole chunks up to IEND, with their lengths and checksums: 8 bytes before, 4 after the content."""
+    start = 8
+    while start + 12 <= len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        name = data[start + 4 : start + 8]
+        if end > len(data) or name == b"IEND":
+            return
+        yield name, start, end
+        start = end
+
+
+def _to_rgb8(deep: NDArray | None) -> RGB:
+    if deep is None or deep.dtype not in (np.uint8, np.uint16) or (deep.ndim == 3 and deep.shape[2] < 3):
+        raise ValueError(f"samples of type {None if deep is None else deep.dtype} are not 8 or 16 bits")
+    rgb = np.empty((*deep.shape[:2], 3), np.uint8)
+    for rows in _strips(*deep.shape[:2]):
+        strip = deep[rows] if deep.dtype == np.uint8 else np.round(deep[rows] / 257)  # 65535 / 255
+        rgb[rows] = strip[:, :, None] if strip.ndim == 2 else strip[:, :, 2::-1]
+    return rgb
+
+
+def _check_image(image: NDArray, name: str) -> None:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise ValueError(f"{name} is {image.dtype} {image.shape}; it must be uint8 (H, W, 3)")
+
+
+# Photographs
+
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP"}
 LONGEST_SIDE = {"JPEG": 65535, "WEBP": 16383}  # pixels, by the formats' definitions
@@ -72,23 +336,23 @@ def read_photo(path: str | os.PathLike) -> Photo:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is empty, cut off, no picture, of a kind that can't be upscaled, or has more than
-            `imgproc.MAX_PIXELS`. The message names the file.
+            `MAX_PIXELS`. The message names the file.
     """
-    with imgproc.open_file(path) as file:
+    with open_file(path) as file:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what is wrong with a file is said below, or doesn't matter
-                return _decode(file)
+                return _decode_photo(file)
         except UnsupportedError as error:
             raise ValueError(f"{path}: {error}; convert it to gray or RGB of 8 or 16 bits first") from None
         except UnidentifiedImageError:
             raise ValueError(f"{path}: not a picture that can be read here; known are {', '.join(FORMATS)}") from None
-        except imgproc.TooLargeError as error:
+        except TooLargeError as error:
             raise ValueError(f"{path}: {error}") from None
         except MemoryError:
-            raise ValueError(f"{path}: {imgproc.NO_MEMORY}") from None
-        except (*imgproc.DECODING_ERRORS, RuntimeError) as error:  # NotImplementedError is one of these
-            reason = imgproc.one_line(error)
+            raise ValueError(f"{path}: {NO_MEMORY}") from None
+        except (*DECODING_ERRORS, RuntimeError) as error:  # NotImplementedError is one of these
+            reason = one_line(error)
             raise ValueError(f"{path}: the picture is damaged, cut off or of an unknown kind ({reason}); open and save it anew") from None
 
 
@@ -96,10 +360,10 @@ class UnsupportedError(ValueError):
     """A sound picture of a kind that can't be upscaled."""
 
 
-def _decode(file: BinaryIO) -> Photo:
+def _decode_photo(file: BinaryIO) -> Photo:
     head = file.read(32)
     try:
-        image = imgproc.open_header(file)
+        image = open_header(file)
     except UnidentifiedImageError:
         if head[:4] in (b"II*\0", b"MM\0*"):  # gray and alpha with 16 bits, and other kinds that Pillow doesn't know
             return _decode_deep_tiff(file)
@@ -108,7 +372,7 @@ def _decode(file: BinaryIO) -> Photo:
         if image.format == "TIFF" and max(image.tag_v2.get(258, (1,))) > 8:
             return _decode_deep_tiff(file)
         image.load()
-        if not imgproc.has_16_bits(image, head):
+        if not has_16_bits(image, head):
             return _from_pillow(image)
         profile, dpi = image.info.get("icc_profile"), _plain_dpi(image.info.get("dpi"))
         orientation = image.getexif().get(274, 1)
@@ -129,8 +393,8 @@ def _from_pillow(image: Image.Image) -> Photo:
     has_alpha = transparent or image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
     if image.mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"):
         raise UnsupportedError(f"its colour mode {image.mode} can't be upscaled")
-    alpha = imgproc.to_array(image, "A") if has_alpha else None
-    return Photo(imgproc.to_array(image, "RGB"), alpha, gray, profile, dpi, notes)
+    alpha = to_array(image, "A") if has_alpha else None
+    return Photo(to_array(image, "RGB"), alpha, gray, profile, dpi, notes)
 
 
 def _frame_notes(count: int) -> tuple[str, ...]:
@@ -167,12 +431,12 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 def _decode_deep_png(file: BinaryIO) -> Photo:
     file.seek(0)
     data = file.read()
-    deep = imgproc.decode_deep(data)
+    deep = decode_deep(data)
     if deep is None or deep.dtype != np.uint16:
         raise ValueError("its 16-bit samples can't be decoded")
     gray = data[25] in (0, 4)  # IHDR's colour type: gray, gray and alpha
     alpha = deep[:, :, 3] if deep.ndim == 3 and deep.shape[2] == 4 else None
-    clear = next((data[start + 8 : end - 4] for name, start, end in imgproc.png_chunks(data) if name == b"tRNS"), b"")
+    clear = next((data[start + 8 : end - 4] for name, start, end in png_chunks(data) if name == b"tRNS"), b"")
     if deep.ndim == 2 and len(clear) == 2:  # one gray value that is transparent; OpenCV knows it for RGB only
         alpha = np.where(deep == int.from_bytes(clear, "big"), 0, 65535).astype(np.uint16)
     pixels = np.repeat(deep[:, :, None], 3, 2) if deep.ndim == 2 else deep[:, :, 2::-1]
@@ -184,7 +448,7 @@ def _decode_deep_tiff(file: BinaryIO) -> Photo:
     data = file.read()
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         page = tiff.pages[0]
-        imgproc.check_size(file, page.imagewidth, page.imagelength, f"TIFF {int(page.compression)}")
+        check_size(file, page.imagewidth, page.imagelength, f"TIFF {int(page.compression)}")
         kind = tifffile.PHOTOMETRIC(page.photometric)
         if page.dtype != np.uint16 or page.bitspersample != 16 or kind not in _DEEP_KINDS:
             raise UnsupportedError(f"its samples are {page.dtype} of {page.bitspersample} bits, {kind.name}")
@@ -227,7 +491,7 @@ def _samples(page: tifffile.TiffPage, data: bytes) -> tuple[NDArray, bool]:
     try:
         values = page.asarray()
     except (ValueError, NotImplementedError):  # a compression that needs further packages; OpenCV knows the usual ones
-        values, turned = imgproc.decode_deep(data), True
+        values, turned = decode_deep(data), True
         if values is None or values.dtype != np.uint16:
             raise
         values = values if values.ndim == 2 else values[:, :, [2, 1, 0, 3][: values.shape[2]]]
@@ -305,7 +569,7 @@ def write_photo(path: str | os.PathLike, photo: Photo, quality: int = 95) -> Non
         encoded = _encode_deep_png(photo)
     else:
         encoded = _encode_with_pillow(photo, kind, quality)
-    imgproc.write_bytes(path, encoded)
+    write_bytes(path, encoded)
 
 
 def _channels(photo: Photo) -> NDArray:
