@@ -1,12 +1,10 @@
-"""Files to batches: finding pairs, the decode-once store, training batches, test images, prefetchers.
+"""Image sets, LR/GT pairs, evaluation sets, training batches and prefetchers.
 
-Training images are decoded once into a store of raw uint8 (gt and lr side by side, memory-mapped, shared by all processes);
-cutting a batch is then a few copies. What a batch holds is a function of (seed, update) alone, so neither the number of
+A batch is a few copies out of the decode-once store (store.py). It is a function of (seed, update) alone, so neither the number of
 workers nor a resume changes the run.
 
     pairs = find_pairs("data/T91", upscale_factor=4)
-    store = PairStore.open_or_build({"T91": pairs}, 4, "BI", cache_dir=".cache")
-    batches = TrainBatches(store, batch_size=16, lr_patch_size=48, seed=0)
+    batches = TrainBatches(PairStore.open_or_build({"T91": pairs}, 4, "BI", ".cache"), batch_size=16, lr_patch_size=48, seed=0)
     for batch in prefetch(load(batches, first=0, last=1000, num_workers=1), device): batch["lr"], batch["gt"]
 """
 
@@ -14,6 +12,7 @@ import os
 import re
 import signal
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import image_files
 import imgproc
+from imgproc import RGB
 from runtime import cores
 
 # Finding pairs
@@ -35,7 +35,7 @@ from runtime import cores
 
 @dataclass(frozen=True)
 class Pair:
-    """One picture: its name, its original, and its LR image, or None where that is made from the original."""
+    """One image of a set: its name, its GT file, and its LR file or None if LR is made from GT."""
 
     name: str
     gt: Path
@@ -51,21 +51,21 @@ LR_FOLDERS = {
 
 
 def find_pairs(folder: str | os.PathLike, upscale_factor: int, degradation: str = "BI") -> list[Pair]:
-    """The pictures of a set, sorted by name; pairs are made by name, never by order.
+    """The images of a set, sorted by name; pairs are made by file stem, never by order.
 
-    Originals lie in `GT`, `GTmod12` or `HR`, in `image_SRF_<scale>` with LR images beside them, or in the folder itself; LR
-    images in `LRbicx<scale>`, `LR_bicubic/X<scale>`, `LRBDx<scale>` or `LRDNx<scale>`, where they may end in `x<scale>`.
+    GT images lie in `GT`, `GTmod12` or `HR`, in `image_SRF_<scale>` with LR images beside them, or in the folder itself. LR
+    images lie in `LRbicx<scale>`, `LR_bicubic/X<scale>`, `LRBDx<scale>` or `LRDNx<scale>`; their names may end in `x<scale>`.
 
     Raises:
         FileNotFoundError: the folder is missing or holds no image.
-        ValueError: an image lacks its partner, or two have one name.
+        ValueError: an image lacks its partner, or two have the same name.
     """
     folder = Path(folder).absolute()
     gt_files, lr_files = _find_files(folder, upscale_factor, degradation)
     if not gt_files:
         problem = "no image is in it" if folder.is_dir() else "is a file, not a folder" if folder.exists() else "no such folder"
         raise FileNotFoundError(
-            f"{folder}: {problem}; put the originals into {folder / 'GT'} as .png or .jpg, or name another data_root or set"
+            f"{folder}: {problem}; put the GT images into {folder / 'GT'} as .png or .jpg, or name another data_root or set"
         )
     gt = _by_name(gt_files, lambda stem: stem.removesuffix(f"_SRF_{upscale_factor}_HR"))
     lr = _by_name(lr_files, lambda stem: stem if stem in gt else _without_scale(stem, upscale_factor))
@@ -73,8 +73,8 @@ def find_pairs(folder: str | os.PathLike, upscale_factor: int, degradation: str 
         name = min(gt.keys() ^ lr.keys())
         found, missing = (gt[name], lr_files[0].parent) if name in gt else (lr[name], gt_files[0].parent)
         raise ValueError(
-            f"{found}: has no partner in {missing}, where {len(gt)} originals and {len(lr)} LR images should pair: "
-            "add it, or move the LR folder away to have all LR images made"
+            f"{found}: has no partner in {missing}, where {len(gt)} GT images and {len(lr)} LR images should pair: "
+            "add it, or move the LR folder away, and all LR images are made from GT"
         )
     return [Pair(name, gt[name], lr.get(name)) for name in sorted(gt)]
 
@@ -105,8 +105,8 @@ def _by_name(files: Sequence[Path], to_name: Callable[[str], str]) -> dict[str, 
     named: dict[str, Path] = {}
     for file in files:
         name = to_name(file.stem)
-        if any("\ud800" <= character <= "\udfff" for character in str(file)):  # how Python writes a byte that is no UTF-8
-            raise ValueError(f"{str(file)!r}: the name is not UTF-8, in which reports are written; rename it")
+        if any("\ud800" <= character <= "\udfff" for character in str(file)):  # Python's stand-in for a byte that is not UTF-8
+            raise ValueError(f"{str(file)!r}: the name is not UTF-8, but reports are; rename it")
         if name in named:
             raise ValueError(f"{file}: has the same name as {named[name]}; rename one")
         named[name] = file
@@ -117,10 +117,10 @@ Size = tuple[int, int]  # (height, width)
 
 
 def gt_sizes(pairs: Sequence[Pair], upscale_factor: int) -> list[Size]:
-    """(height, width) of each original, cropped to a multiple of the scale; reads headers only.
+    """(height, width) of each GT image, cropped to a multiple of the scale; reads headers only.
 
     Raises:
-        ValueError: an original smaller than the scale, or an LR image of another size than its original needs.
+        ValueError: a GT image smaller than the scale, or an LR image of another size than its GT needs.
     """
     sizes = []
     for pair in pairs:
@@ -137,13 +137,13 @@ def _raise_size(pair: Pair, lr_size: Size, scale: int) -> None:
     height, width = image_files.image_size(pair.gt)
     raise ValueError(
         f"{pair.lr}: lr is {lr_size[1]}x{lr_size[0]}, but gt {width}x{height} at x{scale} needs {width // scale}x{height // scale}: "
-        "put the right one there, or move the LR folder away to have all LR images made"
+        "replace it, or move the LR folder away, and all LR images are made from GT"
     )
 
 
 def describe_pairs(split: str, name: str, pairs: Sequence[Pair]) -> str:
-    """What a person wants to see before training: where, how many, and the first three pairs."""
-    made = "made exactly from the originals" if pairs[0].lr is None else str(pairs[0].lr.parent)
+    """A summary for the log: where, how many, and the first three pairs."""
+    made = "made exactly from GT" if pairs[0].lr is None else str(pairs[0].lr.parent)
     first = ", ".join(pair.gt.name if pair.lr is None else f"{pair.gt.name} with {pair.lr.name}" for pair in pairs[:3])
     return f"{split} {name}: {len(pairs)} images in {pairs[0].gt.parent}, LR {made}\n    {first}{', …' if len(pairs) > 3 else ''}"
 
@@ -165,8 +165,8 @@ def fit_to_patch(pairs: Sequence[Pair], sizes: Sequence[Size], gt_patch_size: in
     return np.flatnonzero(fitting)
 
 
-def make_lr(pair: Pair, gt: imgproc.RGB, upscale_factor: int, degradation: str) -> imgproc.RGB:
-    """The LR image of a pair, read or made from the cropped original; DN's noise is another for each name."""
+def make_lr(pair: Pair, gt: RGB, upscale_factor: int, degradation: str) -> RGB:
+    """The LR image of a pair, read, or made from the cropped GT; the noise of DN depends on the name."""
     if pair.lr is None:
         return imgproc.degrade(gt, upscale_factor, degradation, seed=zlib.crc32(pair.name.encode()))
     lr = image_files.read_image(pair.lr)
@@ -175,44 +175,57 @@ def make_lr(pair: Pair, gt: imgproc.RGB, upscale_factor: int, degradation: str) 
     return lr
 
 
-class EvaluationSet(Sequence):
-    """Pictures to score: `images[i]` is (name, lr, gt), uint8 (H, W, 3), gt cropped to a multiple of the scale."""
+class EvaluationSet:
+    """Images to score: `images[i]` is (name, lr, gt), uint8 (H, W, 3), gt cropped to a multiple of the scale.
+
+    Decoded images are kept for the next evaluation, as long as they fit into `KEPT_BYTES`.
+    """
+
+    KEPT_BYTES = 2**29
 
     def __init__(self, pairs: Sequence[Pair], upscale_factor: int, degradation: str = "BI") -> None:
         self.pairs = list(pairs)
         self.upscale_factor = upscale_factor
         self.degradation = degradation
+        self._kept: dict[int, tuple[str, RGB, RGB]] = {}
+        self._free = self.KEPT_BYTES
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> tuple[str, imgproc.RGB, imgproc.RGB]:
+    def __getitem__(self, index: int) -> tuple[str, RGB, RGB]:
+        if index in self._kept:
+            return self._kept[index]
         pair = self.pairs[index]
         gt = imgproc.crop_to_multiple(image_files.read_image(pair.gt), self.upscale_factor)
-        return pair.name, make_lr(pair, gt, self.upscale_factor, self.degradation), gt
+        found = pair.name, make_lr(pair, gt, self.upscale_factor, self.degradation), gt
+        if self._free >= gt.nbytes:
+            self._kept[index] = found
+            self._free -= gt.nbytes
+        return found
 
 
-# Images in the sets that papers score; one less, and the mean is of something else
+# Images in the sets that papers score; with one less, the mean is of another set
 BENCHMARKS = {"Set5": 5, "Set14": 14, "B100": 100, "BSD100": 100, "BSDS100": 100, "Urban100": 100, "Manga109": 109}
 
 
 def absent_sets(data_root: str | os.PathLike, names: Sequence[str]) -> list[str]:
-    """Those of the sets that are not there at all."""
+    """Those of the sets whose folder does not exist."""
     return [name for name in names if not (Path(data_root) / name).exists()]
 
 
 def open_test_sets(
     data_root: str | os.PathLike, names: Sequence[str], upscale_factor: int, degradation: str = "BI", *, decode: bool = True
 ) -> dict[str, EvaluationSet]:
-    """The sets to score, by name, all found, measured and decoded once before the first is scored.
+    """The sets to score, by name; all are found, measured and decoded once before the first is scored.
 
     Args:
-        decode: False where another process of this machine does that.
+        decode: False where another process of this machine decodes all; each image is then decoded when it is first needed.
 
     Raises:
         FileNotFoundError: a set is missing.
-        ValueError: two sets have one name, a picture is damaged, doesn't pair or is too small to be scored, or a set that papers
-            use is not complete.
+        ValueError: two sets have the same name, an image is damaged, has no partner or is too small, or a set that papers score
+            is not complete.
     """
     sets: dict[str, EvaluationSet] = {}
     for folder in (Path(data_root) / name for name in names):
@@ -231,19 +244,11 @@ def open_test_sets(
                     f"SSIM's window needs {2 * upscale_factor + imgproc.SSIM_WINDOW}; remove it"
                 )
         sets[folder.name] = EvaluationSet(pairs, upscale_factor, degradation)
-    if decode:
-        _check_pixels([file for images in sets.values() for pair in images.pairs for file in (pair.gt, pair.lr) if file])
+    if decode:  # a damaged image would otherwise end a run after hours of training
+        jobs = [(images, index) for images in sets.values() for index in range(len(images))]
+        with ThreadPoolExecutor(cores()) as pool:
+            deque(pool.map(lambda job: job[0][job[1]], jobs), maxlen=0)
     return sets
-
-
-def _check_pixels(paths: Sequence[Path]) -> None:
-    """Decode all once, as else a damaged one would be found after hours of training, or of scoring the others."""
-
-    def decode(file: Path) -> None:
-        image_files.read_image(file)
-
-    with ThreadPoolExecutor(cores()) as pool:
-        list(pool.map(decode, paths))
 
 
 # Training batches
@@ -258,22 +263,22 @@ class DecodedPairs(Protocol):
     lr_sizes: list[Size]
 
     def __len__(self) -> int: ...
-    def gt(self, index: int) -> imgproc.RGB: ...
-    def lr(self, index: int) -> imgproc.RGB: ...
+    def gt(self, index: int) -> RGB: ...
+    def lr(self, index: int) -> RGB: ...
 
 
 class TrainBatches(Dataset):
-    """`batches[update]` is what that update sees: {"lr": uint8 (n, h, w, 3), "gt": uint8 (n, H, W, 3)}, aligned.
+    """`batches[update]` is the batch of that update: {"lr": uint8 (n, h, w, 3), "gt": uint8 (n, H, W, 3)}, aligned.
 
-    Every image is seen once before any is seen again. Each draw (image, place, orientation) is a function of seed and update.
+    Every image is drawn once before any is drawn again. Each draw (image, place, orientation) is a function of seed and update.
 
     Args:
-        batch_size: of all processes together; this one gets its share.
+        batch_size: of all processes together; this process gets its share.
         usable: indices of the images to draw from; None for all.
         rank, world_size: which share.
 
     Raises:
-        ValueError: a batch that can't be shared out evenly.
+        ValueError: the batch cannot be shared out evenly.
     """
 
     def __init__(
@@ -288,7 +293,7 @@ class TrainBatches(Dataset):
         world_size: int = 1,
     ) -> None:
         if batch_size % world_size:
-            raise ValueError(f"batch_size={batch_size} can't be shared by {world_size} processes: set a multiple")
+            raise ValueError(f"batch_size={batch_size} is not a multiple of the {world_size} processes: set a multiple")
         self.store = store
         self.batch_size = batch_size
         self.lr_patch_size = lr_patch_size
@@ -308,7 +313,7 @@ class TrainBatches(Dataset):
         gt = np.empty((len(images), size * scale, size * scale, 3), np.uint8)
         for i, (image, place, orientation) in enumerate(zip(images, places, orientations, strict=True)):
             room = np.subtract(self.store.lr_sizes[image], size) + 1
-            top, left = (place * room).astype(int)  # in LR pixels, so that both crops show the same
+            top, left = (place * room).astype(int)  # in LR pixels, so both crops show the same
             lr[i] = imgproc.flip_rotate(self.store.lr(image)[top : top + size, left : left + size], orientation)
             top, left, side = top * scale, left * scale, size * scale
             gt[i] = imgproc.flip_rotate(self.store.gt(image)[top : top + side, left : left + side], orientation)
@@ -322,9 +327,10 @@ class TrainBatches(Dataset):
         positions = range(update * self.batch_size, (update + 1) * self.batch_size)
         return [int(self._order(position // len(self.usable))[position % len(self.usable)]) for position in positions]
 
-    def _order(self, turn: int) -> NDArray[np.intp]:
-        if getattr(self, "_turn", None) != turn:
-            self._turn, self._shuffled = turn, np.random.default_rng((self.seed, _ORDER, turn)).permutation(self.usable)
+    def _order(self, passed: int) -> NDArray[np.intp]:
+        """The order of the images after `passed` passes over all of them."""
+        if getattr(self, "_passed", None) != passed:
+            self._passed, self._shuffled = passed, np.random.default_rng((self.seed, _ORDER, passed)).permutation(self.usable)
         return self._shuffled
 
 
@@ -332,8 +338,8 @@ _ORDER, _PLACES = 0, 1  # separate streams of random numbers
 
 
 def load(batches: TrainBatches, first: int, last: int, num_workers: int, pin_memory: bool = False) -> DataLoader:
-    """Batches of the updates `first` to `last` - 1, in order, cut by `num_workers` processes (0: by this one)."""
-    own = torch.Generator()  # else the loader draws a number from PyTorch's global one, and a resumed run would differ
+    """Batches of the updates `first` to `last` - 1, in order, cut by `num_workers` processes (0: by this process)."""
+    own = torch.Generator()  # the default would draw a number from PyTorch's global generator, and a resumed run would differ
     return DataLoader(
         batches,
         batch_size=None,
@@ -346,7 +352,7 @@ def load(batches: TrainBatches, first: int, last: int, num_workers: int, pin_mem
 
 
 def _outlive_signals(_worker: int) -> None:
-    """Ctrl-C, torchrun and timeout signal the whole process group; the run still needs its workers to save itself."""
+    """Ctrl-C, torchrun and timeout signal the whole process group, but the run still needs its workers to stop in order."""
     if hasattr(os, "setsid"):
         os.setsid()
     else:
@@ -376,13 +382,13 @@ class CPUPrefetcher:
         return {name: self._convert(pixels) for name, pixels in next(self._batches).items()}
 
     def _convert(self, pixels: Tensor) -> Tensor:
-        pixels = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2)  # the memory is channels_last already
+        pixels = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2)  # already channels_last in memory
         pixels = pixels if self._channels_last else pixels.contiguous()
         return pixels.to(torch.float32).div_(255)
 
 
 class CUDAPrefetcher(CPUPrefetcher):
-    """The same, with the next batch's copy and conversion running ahead on a stream of their own; needs pinned memory."""
+    """The same; copies and converts the next batch ahead, on its own stream. Needs pinned memory."""
 
     def __init__(self, loader: DataLoader, device: torch.device, channels_last: bool = True) -> None:
         super().__init__(loader, device, channels_last)
@@ -394,7 +400,7 @@ class CUDAPrefetcher(CPUPrefetcher):
             raise StopIteration
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         batch = self._ahead
-        for tensor in batch.values():  # so that its memory is not given away while this stream still reads it
+        for tensor in batch.values():  # or its memory would be reused while this stream still reads it
             tensor.record_stream(torch.cuda.current_stream(self._device))
         self._ahead = self._fetch()
         return batch

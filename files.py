@@ -8,63 +8,118 @@ print(explain(error))                   # "results/x: there is no room left on i
 import contextlib
 import errno
 import os
+import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+if sys.platform == "win32":
     import msvcrt
+else:
+    import fcntl
 
 
 # Writing
 
 
-def write_whole(path: Path, data: bytes | memoryview, make_room: Callable[[], None] | None = None, durable: bool = True) -> None:
-    """Write a file whole or not at all; folders are made.
+@contextlib.contextmanager
+def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Write a file or a folder whole or not at all; this is the only atomic writer.
+
+    Yields a path in the same folder to write to. What is there at the end takes the place of `path`; after an error it is removed,
+    and the old file is untouched. Missing folders are made.
 
     Args:
-        make_room: called when the new file is on the disk, before it takes its place, as to move the old one away.
-        durable: wait until it is on the disk, so that it outlives the machine too.
+        durable: wait until the disk has it, so that it survives a power cut.
 
     Raises:
-        OSError: it can't be written, for which `explain` has words; the old file is untouched then.
+        OSError: the file cannot be written; `explain` has words for it.
     """
+    part, old = (path.with_name(f".{path.name}.{os.getpid()}{ending}") for ending in (".part", ".old.part"))
     try:
-        with made_folder(path.parent), _whole(path) as part:
-            with open(part, "wb") as file:
-                file.write(data)
-                file.flush()
+        with made_folder(path.parent):
+            try:
+                yield part
                 if durable:
-                    os.fsync(file.fileno())
-            if make_room:
-                make_room()
-            os.replace(part, path)
-            if durable:
-                sync_folder(path.parent)
+                    for each in (part, *(part.iterdir() if part.is_dir() else ())):
+                        sync(each)
+                _take_place(part, path, old)
+                if durable:
+                    sync(path.parent)
+            finally:
+                for left in (part, old):
+                    _remove(left)
     except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error  # a failing write doesn't say of what
+        if error.errno is None or error.filename not in (None, str(part)):
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error  # a failing write does not name its file
 
 
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A name to write to first, under which nothing stays."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+def _take_place(part: Path, path: Path, old: Path) -> None:
+    if not (part.is_dir() and path.is_dir()):
+        os.replace(part, path)
+        return
+    path.rename(old)  # the system replaces a file in one step, but not a folder
     try:
-        yield part
+        os.replace(part, path)
+    except OSError:
+        old.rename(path)
+        raise
+
+
+def write_whole(path: Path, data: bytes | memoryview, *, durable: bool = True) -> None:
+    """`replacing` for bytes."""
+    with replacing(path, durable=durable) as part:
+        part.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`replacing` for text."""
+    write_whole(path, text.encode())
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or the names in a folder, are on the disk, where the system can."""
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
+        return  # Windows
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
     finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path, name: str = "*", idle_seconds: float = 0) -> list[Path]:
+    """Delete what killed writers left of `name` (a pattern) in a folder and the folders in it; the deleted paths.
+
+    Args:
+        idle_seconds: leave what has been written to since, by a writer that may still run.
+    """
+    removed = []
+    for part in folder.rglob(f".{name}.part"):
+        with contextlib.suppress(FileNotFoundError):  # another process removes it too
+            newest = max(each.stat().st_mtime for each in (part, *(part.iterdir() if part.is_dir() else ())))
+            if time.time() - newest >= idle_seconds:
+                _remove(part)
+                removed.append(part)
+    return removed
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
         with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def made_folder(folder: Path) -> Iterator[None]:
-    """Make a folder, and remove it and those made for it where they stay empty, as when what was to be written is refused."""
+    """Make a folder, and remove it and those made for it if they stay empty, as after a refused write."""
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,44 +134,27 @@ def check_folder(folder: Path) -> None:
     """Make sure, before hours of work, that files can be written into a folder; nothing stays there.
 
     Raises:
-        OSError: they can't, for which `explain` has words.
+        OSError: they cannot; `explain` has words for it.
     """
+    part = folder / f".check.{os.getpid()}.part"
     try:
-        with made_folder(folder), _whole(folder / "check") as part:
-            part.write_bytes(bytes(4096))
+        with made_folder(folder):
+            try:
+                part.write_bytes(bytes(4096))
+            finally:
+                _remove(part)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """`write_whole` for text."""
-    write_whole(path, text.encode())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk, where the system can."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what writers left that were killed; nobody else may be writing into the folder."""
-    for part in folder.rglob(".*.part"):
-        part.unlink(missing_ok=True)
 
 
 # One at a time
 
 
 class FolderLock:
-    """Keeps other processes, on this machine or another, from using a folder; made if need be, and removed if it stays empty.
+    """Keeps other processes, on this machine or another, from using a folder; makes the folder, and removes it if it stays empty.
 
-    The system itself lets go of the lock when its holder ends, however that happens, so that a lock file which a killed run has
-    left holds nobody up. Processes that are forked meanwhile don't hold it.
+    The system releases the lock when its holder ends, however it ends, so the lock file of a killed run blocks nobody. Processes
+    forked meanwhile do not hold the lock.
 
     Raises:
         ValueError: another process is using the folder.
@@ -136,7 +174,7 @@ class FolderLock:
                 file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}")
                 file.flush()
             except OSError as error:
-                raise OSError(error.errno, error.strerror, str(self.path)) from error  # a failing write doesn't say of what
+                raise OSError(error.errno, error.strerror, str(self.path)) from error  # a failing write does not name its file
             self._held = stack.pop_all()
         return self
 
@@ -145,10 +183,10 @@ class FolderLock:
 
     def _let_go(self, file: TextIO) -> None:
         if os.name == "nt":
-            file.close()  # which can't be removed while it is open
+            file.close()  # Windows cannot remove an open file
         with contextlib.suppress(OSError):
             self.path.unlink()
-        with contextlib.suppress(OSError):  # a full disk refuses what was still to be written
+        with contextlib.suppress(OSError):  # a full disk refuses the buffered rest
             file.close()
 
     def _open_locked(self) -> TextIO:
@@ -169,39 +207,39 @@ _UNABLE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def _lock(file: TextIO) -> bool:
-    """False if another process holds the lock; a disk that knows no locks can't keep anybody out."""
+    """False if another process holds the lock; on a disk without locks always True, with a warning."""
     try:
-        if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which the data workers would inherit and hold on to
-        else:
-            file.seek(2**30)  # Windows keeps others from reading what is locked
+        if sys.platform == "win32":
+            file.seek(2**30)  # Windows stops others from reading locked bytes
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which data workers would inherit and keep
     except OSError as error:
         if error.errno not in (*_HELD, *_UNABLE):
             raise
         if error.errno in _UNABLE:
-            print(f"warning: {file.name}: this disk knows no locks, so that nothing keeps two trainings from one run", file=sys.stderr)
+            print(f"warning: {file.name}: this disk has no locks; make sure that only one training uses the folder", file=sys.stderr)
         return error.errno in _UNABLE
     return True
 
 
-# In words
+# The system's errors
 
 _EXPLANATIONS = {
     errno.ENOSPC: "there is no room left on its disk; make room, or choose a folder on another one",
-    errno.EDQUOT: "your share of its disk is used up; make room, or choose a folder on another one",
+    errno.EDQUOT: "your quota on its disk is used up; make room, or choose a folder on another one",
     errno.EFBIG: "it would be larger than its disk or your limits (ulimit -f) allow",
     errno.EACCES: "no permission; change those of the file and its folder, or choose another",
     errno.EPERM: "no permission; change those of the file and its folder, or choose another",
-    errno.EROFS: "its disk can only be read; choose a folder on another one",
-    errno.EISDIR: "is a folder, where a file is needed; give a file's path",
-    errno.ENOTDIR: "a part of this path is a file, where a folder is needed; rename that file, or choose another folder",
-    errno.EEXIST: "is there already, and is no folder; rename it, or choose another folder",
+    errno.EROFS: "its disk is read-only; choose a folder on another one",
+    errno.EISDIR: "is a folder; give the path of a file",
+    errno.ENOTDIR: "a part of this path is a file and not a folder; rename that file, or choose another folder",
+    errno.EEXIST: "exists and is not a folder; rename it, or choose another folder",
     errno.ENOENT: "no such file or folder; correct the path",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
-    errno.ELOOP: "its links lead in a circle; give the path of the file itself",
+    errno.ELOOP: "its links form a circle; give the path of the file itself",
     errno.EMFILE: "too many files are open; raise the limit (ulimit -n), or lower num_workers",
-    errno.EIO: "its disk reports an error; look at the system's log, and copy what you need to another disk",
+    errno.EIO: "its disk reports an error; look at the system's log, and copy your files to another disk",
 }
 
 
