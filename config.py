@@ -43,6 +43,7 @@ class Config:
     steps_per_epoch: int = 1000  # updates in an epoch
     start_epoch: int = 0  # the epoch to resume in; 0: where the checkpoint stopped; any other must be that one
     resume: str = "auto"  # auto: go on from the run's last.pth.tar, if there; never: refuse if there; or a checkpoint's path
+    dry_run: bool = False  # stand-in
     pretrained_model_path: str = ""  # start from these weights, of any scale: all but an upsampler of another shape
 
     # Data: a set is a folder with GT/ (or GTmod12/, HR/, or the images themselves), under data_root or anywhere
@@ -158,6 +159,15 @@ class Config:
     def experiment_dir(self) -> Path:
         """Where the run leaves its checkpoints, logs and pictures."""
         return Path(self.results_dir) / (self.exp_name or self.model_arch_name)
+
+    def shared_settings(self) -> dict[str, Any]:
+        return {n: v for n, v in __import__("dataclasses").asdict(self).items() if n not in {"data_root", "cache_dir", "num_workers", "vgg19_weights_path"}}
+
+    def free_at_resume(self, before: Any) -> set[str]:
+        free = set(["mode", "results_dir", "exp_name", "resume", "start_epoch", "data_root", "cache_dir", "num_workers", "log_every", "eval_every", "save_every", "save_every_minutes", "keep_last", "max_skipped", "skip_threshold", "compile", "channels_last", "accumulation_steps", "activation_checkpointing", "valid_sets", "test_sets", "model_path", "self_ensemble", "save_images", "dry_run"])
+        free |= {"epochs"} if self.schedule == "step" else set()
+        free |= {"precision"} if self.precision == "auto" else set()
+        return free
 
     @property
     def gt_patch_size(self) -> int:

@@ -113,6 +113,19 @@ def _by_name(files: Sequence[Path], to_name: Callable[[str], str]) -> dict[str, 
     return named
 
 
+def open_training_sets(
+    data_root: str | os.PathLike, names: Sequence[str], upscale_factor: int, degradation: str = "BI"
+) -> dict[str, list[Pair]]:
+    """The pairs of each training set, by name.
+
+    Raises:
+        FileNotFoundError, ValueError: as `find_pairs`; or there is no name.
+    """
+    if not names:
+        raise ValueError("train_sets is empty: name at least one, as in --train_sets DIV2K Flickr2K")
+    return {name: find_pairs(Path(data_root) / name, upscale_factor, degradation) for name in names}
+
+
 Size = tuple[int, int]  # (height, width)
 
 

@@ -1,13 +1,14 @@
 """How scripts start and end: errors in a sentence, signals, devices, the process group, agreement between ranks."""
 
 import contextlib
+import inspect
 import os
 import signal
 import sys
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -15,39 +16,45 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
 import files
 
 REPOSITORY = Path(__file__).resolve().parent
 
 
+STOPPED = 75  # exit code of a training that was asked to stop and has saved itself ("try again" in sysexits.h)
+
+
 # Entry points
 
 
-STOPPED = 75  # exit code of a training that was asked to stop, and has saved itself ("try again", in sysexits.h)
-
-
 def run_script(main: Callable[[], None]) -> None:
-    """Call a script's main. A mistake of the user's ends in one sentence and exit code 1, one of ours in a traceback.
+    """Call a script's main. A user's mistake ends in one sentence and exit code 1, a mistake of ours in a traceback.
 
-    With `--debug` on the command line, every mistake shows its traceback. SIGTERM and SIGUSR1 end a script as Ctrl-C does, so that
-    nothing is left half-written; a training takes them for a request to save itself, by `StopRequest`.
+    `--debug` on the command line shows the traceback of every mistake. SIGTERM and SIGUSR1 end a script as Ctrl-C does, and nothing
+    is left half-written; a training saves itself first (`StopRequest`).
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a file's name may hold what can't be printed
+            stream.reconfigure(errors="backslashreplace")  # some file names cannot be printed
     debug = "--debug" in sys.argv[1:]
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
+
+    def terminate(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
     try:
-        with _signals(_terminate, "SIGTERM", "SIGUSR1"):
+        with _signals(terminate, "SIGTERM", "SIGUSR1"):
             _call_together(main)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         sentence = None if debug else _sentence(error)
         if sentence is None:
             raise
-        print(f"error{_who()}: {sentence}", file=sys.stderr)
+        who = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
+        print(f"error{who}: {sentence}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -55,22 +62,22 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def _call_together(main: Callable[[], None]) -> None:
-    """Call main, and part from the other processes; NCCL, after a mistake of one, could keep it waiting for them."""
-    alike = False
+    """Call main, then leave the process group. After a mistake in one process alone, leaving NCCL's could wait for ever."""
+    together = False
     try:
         main()
-        alike = True
+        together = True
     except SystemExit as end:
-        alike = end.code == STOPPED
+        together = end.code == STOPPED
         raise
     finally:
         started = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if started and (alike or torch.distributed.get_backend() == "gloo"):
+        if started and (together or torch.distributed.get_backend() == "gloo"):
             torch.distributed.destroy_process_group()
 
 
 def _sentence(error: Exception) -> str | None:
-    """What to tell the user, or None for a mistake of ours."""
+    """The sentence for the user, or None for a mistake of ours."""
     innermost = traceback.extract_tb(error.__traceback__)[-1]
     ours = Path(innermost.filename).resolve().parent in (REPOSITORY, REPOSITORY / "scripts")
     if isinstance(error, OSError):
@@ -83,29 +90,21 @@ def _sentence(error: Exception) -> str | None:
     return next((sentence for part, sentence in _KNOWN.items() if isinstance(error, RuntimeError) and part in str(error)), None)
 
 
-_PEER = "another process of this run has ended, its own message says why: the same command goes on from the last checkpoint"
+_PEER = "another process of this run has ended and says why itself; run the same command again to resume from the last checkpoint"
 _LESS = "in training, lower batch_size or lr_patch_size, raise accumulation_steps, or set activation_checkpointing=True"
-_KNOWN = {  # parts of what PyTorch says where the mistake is not ours
+_KNOWN = {  # parts of PyTorch's messages about mistakes that are not ours
     "can't allocate memory": f"there is too little memory: {_LESS}",
-    "DataLoader worker (pid": "a process that cuts batches has ended, or was ended, as for lack of memory: "
-    "lower num_workers; the same command goes on from the last checkpoint",
+    "DataLoader worker (pid": "a worker process that cuts batches has ended, perhaps for lack of memory: lower num_workers, and run the "
+    "same command again to resume from the last checkpoint",
     "Connection closed by peer": _PEER,
     "Connection reset by peer": _PEER,
     "Broken pipe": _PEER,
 }
 
 
-def _who() -> str:
-    return f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
-
-
-def _terminate(number: int, _frame: object) -> None:
-    sys.exit(128 + number)
-
-
 @contextlib.contextmanager
 def _signals(handler: Callable[[int, Any], None], *names: str) -> Iterator[None]:
-    """Signals by name go to a handler; in the main thread and where they exist."""
+    """Send signals, by name, to a handler; in the main thread only, and only those that the system has."""
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before: dict[int, Any] = {}
     try:
@@ -118,10 +117,10 @@ def _signals(handler: Callable[[int, Any], None], *names: str) -> Iterator[None]
 
 
 class StopRequest:
-    """Becomes true at Ctrl-C, SIGTERM or SIGUSR1, so that a run can save itself; another one ends it at once.
+    """Becomes true at Ctrl-C, SIGTERM or SIGUSR1; the run then saves itself. Another signal ends it at once.
 
-    What comes within a second of the first is taken for the same request, as torchrun and terminals tell a process twice.
-    Signals reach the main thread only; elsewhere, as under a test runner's threads, it stays false.
+    Signals within a second of the first count as the same request, since torchrun and terminals send them twice. Python delivers
+    signals to the main thread only; in other threads the request stays false.
     """
 
     SAME = 1.0  # seconds
@@ -154,7 +153,7 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process runs, and which of how many it is; `control` is the group for what goes between CPUs."""
+    """Where this process runs, and which of how many it is; `control` is the process group for messages between CPUs."""
 
     device: torch.device
     rank: int = 0
@@ -166,12 +165,17 @@ class Runtime:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def say(self, text: str) -> None:
+        """Print in the main process."""
+        if self.is_main:
+            print(text)
+
     def wait_for_all(self) -> None:
         if self.world_size > 1:
             waiting = torch.distributed.barrier(self.control, async_op=True)
-            while not waiting.is_completed():  # looking again and again, as a signal reaches Python alone
+            while not waiting.is_completed():  # polled, as a signal could not end a blocking wait
                 time.sleep(0.005)
-            waiting.wait()  # which says what went wrong
+            waiting.wait()  # raises what went wrong
 
     def gather(self, value: Any) -> list[Any]:
         """The value of each process, in all of them."""
@@ -181,20 +185,50 @@ class Runtime:
         return values
 
     def in_turns(self, find: Callable[[], Found]) -> Found:
-        """Call `find` in the main process, then in the first of each machine, then in the others, which find what those have made."""
+        """Call `find` in the main process, then in the first of each machine, then in the others, which find what the first ones made."""
         turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
-        found = None
+        found: list[Found] = []
         for now in range(3):
             if now == turn:
-                found = find()
+                found.append(find())
             self.wait_for_all()
-        return found
+        return found[0]
+
+    def check_agreement(self, own: Mapping[str, Any]) -> None:
+        """Refuse to start unless all processes are about to do the same: equal values by equal names.
+
+        Raises:
+            ValueError: one has other settings, images or weights, as when machines do not share their disks.
+        """
+        for rank, other in enumerate(self.gather(dict(own))):
+            differing = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
+            if differing:
+                differences = "; ".join(f"{name} is {other.get(name)!r} and {own.get(name)!r}" for name in differing)
+                raise ValueError(
+                    f"processes {rank} and {self.rank} would train differently ({differences}): give all machines the same settings "
+                    "and images, and a results_dir on a disk that they share"
+                )
+
+
+def parallel(network: nn.Module, runtime: Runtime) -> nn.Module:
+    """The network, or its DDP wrapper, which averages gradients over all processes."""
+    if runtime.world_size == 1:
+        return network
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name before PyTorch 2.15
+    options: dict[str, Any] = {sync: False}  # buffers are constants
+    return DistributedDataParallel(network, [runtime.device] if runtime.device.type == "cuda" else None, **options)
+
+
+def synchronised(network: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
+    """Processes exchange gradients in the last part of an update only."""
+    return network.no_sync() if isinstance(network, DistributedDataParallel) and not last else contextlib.nullcontext()
 
 
 class Poll:
-    """Asks all processes yes-or-no questions at every update, without waiting: the answers are those of the update before.
+    """Asks all processes yes-or-no questions at every update without waiting: the answers are those of the update before.
 
-    With one process, the answers are its own, at once.
+    A single process gets its own answers at once.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -202,7 +236,7 @@ class Poll:
         self._asked: tuple[Any, Tensor] | None = None
 
     def __call__(self, *answers: bool) -> list[bool]:
-        """For each question, whether any process said yes."""
+        """For each question, whether any process answered yes."""
         if self.runtime.world_size == 1:
             return list(answers)
         heard = self.finish() or [False] * len(answers)
@@ -211,7 +245,7 @@ class Poll:
         return heard
 
     def finish(self) -> list[bool]:
-        """Hear what was asked last."""
+        """The answers to the last questions."""
         if self._asked is None:
             return []
         work, votes = self._asked
@@ -231,29 +265,35 @@ def start_runtime() -> Runtime:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-        torch.backends.cudnn.deterministic = True  # so that a resumed run replays
-        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; who wants it fast takes bf16
+        torch.backends.cudnn.deterministic = True  # a resumed run replays bit for bit
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32; bf16 is there for speed
     else:
         device = torch.device("cpu")
     control = None
     if world_size > 1:
         if not torch.distributed.is_initialized():
-            fast = device.type == "cuda" and torch.distributed.is_nccl_available()
-            place = {"store": _fresh_store(rank, world_size), "rank": rank, "world_size": world_size}
-            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if fast else "gloo", timeout=_TIMEOUT, **place)
-        patience = timedelta(hours=2)  # others wait while the main process decodes the training images
+            cards = torch.cuda.device_count()  # NCCL refuses two processes on one card
+            fast = torch.distributed.is_nccl_available() and int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) <= cards
+            torch.distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if fast else "gloo",
+                store=_fresh_store(rank, world_size),
+                rank=rank,
+                world_size=world_size,
+                timeout=_TIMEOUT,
+            )
+        patience = timedelta(hours=2)  # the others wait while the main process decodes the training images
         control = torch.distributed.new_group(backend="gloo", timeout=patience)
     return Runtime(device, rank, world_size, control, local_rank)
 
 
-_TIMEOUT = timedelta(minutes=10)  # for what goes between processes at every update
+_TIMEOUT = timedelta(minutes=10)  # of messages between processes at every update
 
 
 def _fresh_store(rank: int, world_size: int) -> torch.distributed.Store:
-    """Where the processes find each other, without what an earlier start has left.
+    """The store through which the processes of this start find each other, free of an earlier start's entries.
 
-    torchrun's own store lives on when it starts all processes again; the address of one that is gone would then, by chance, be
-    taken for that of its successor. So the first process gives this start a name, and the others make sure that it has heard them.
+    torchrun's store survives when torchrun restarts all processes, and a process could mistake the old address of a dead peer for
+    that of its successor. So rank 0 gives each start a name, and the others make sure that rank 0 has heard them under that name.
     """
     store, _, _ = next(iter(rendezvous("env://", timeout=_TIMEOUT)))
     own, late = uuid.uuid4().hex, time.monotonic() + _TIMEOUT.total_seconds()
@@ -268,6 +308,6 @@ def _fresh_store(rank: int, world_size: int) -> torch.distributed.Store:
         try:
             store.wait([f"{start}/heard/{own}"], timedelta(seconds=2))
             return torch.distributed.PrefixStore(start, store)
-        except torch.distributed.DistStoreError:  # the name of an earlier start, or the first process is slow
+        except torch.distributed.DistStoreError:  # the name of an earlier start, or rank 0 is slow
             if time.monotonic() > late:
                 raise

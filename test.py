@@ -28,6 +28,7 @@ import model
 import utils
 import weights
 from config import Config, parse, weights_name
+from reports import provenance
 from runtime import Runtime, run_script, start_runtime
 from upscaling import upscale
 from utils import Scores
@@ -191,7 +192,7 @@ def write(folder: Path, results: Sequence[Result], absent: Sequence[str], config
     metrics: dict[str, Any] = {result.name: _metrics(result, config) for result in results}
     files.write_text(folder / "metrics.json", json.dumps(metrics if len(results) > 1 else metrics[results[0].name], indent=2) + "\n")
     files.write_text(folder / "metrics.csv", _rows(results, config))
-    about = "\n".join(f"- {name}: {value}" for name, value in utils.provenance().items())
+    about = "\n".join(f"- {name}: {value}" for name, value in provenance().items())
     descriptions = "\n".join(f"- {result.description}" for result in results)
     files.write_text(folder / "report.md", f"{report(results, absent, config)}\n\n{descriptions}\n{about}\n")
 

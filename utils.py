@@ -1,20 +1,15 @@
-"""Running: how scripts end, devices and processes, seeds, averaged weights, evaluation, and the run log."""
+"""Seeds, precision, EMA, the guard against bad updates, evaluation, memory and random generators: what the scripts share."""
 
 import contextlib
 import copy
-import json
-import math
-import os
-import platform
 import random
 import re
-import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -22,13 +17,13 @@ import torch.distributed
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import files
 import imgproc
-from runtime import REPOSITORY, Runtime, StopRequest
+from imgproc import RGB
+from runtime import Runtime, StopRequest
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and PyTorch; batches don't depend on it, as they are a function of (seed, update)."""
+    """Seed Python, NumPy and PyTorch; batches are a function of (seed, update) and do not depend on these generators."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -38,23 +33,20 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """fp32, bf16 or fp16; for "auto", bf16 where the device computes it faster than fp32, else fp32."""
+    """fp32, bf16 or fp16; "auto" is bf16 where the device computes it faster than fp32, else fp32."""
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    cpu = Path("/proc/cpuinfo")  # elsewhere than on Linux nothing says it, and fp32 is safe
+    cpu = Path("/proc/cpuinfo")  # other systems do not tell, and fp32 is safe
     flags = cpu.read_text(encoding="utf-8", errors="replace") if cpu.is_file() else ""
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
 
-# Averaged weights
-
-
 class EMA:
-    """Exponential moving average of a network's weights: average * decay + new * (1 - decay).
+    """Exponential moving average of a network's weights: average · decay + new · (1 − decay).
 
-    The decay rises from 2/11 with (1 + update) / (10 + update), so that the first random weights are soon forgotten.
+    The decay starts at 2/11 and rises as (1 + update) / (10 + update), which soon forgets the first random weights.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -63,34 +55,100 @@ class EMA:
 
     @torch.no_grad()
     def update(self, network: nn.Module, update: int, skipped: Tensor | None = None) -> None:
-        """Take in the weights after the update number `update`, counted from 1; buffers are copied.
+        """Take in the weights after update number `update`, counted from 1; buffers are copied.
 
         Args:
-            skipped: 1 for an update that was left out, which changes nothing; on the network's device, which is not waited for.
+            skipped: 1 for a skipped update, which changes nothing; a tensor on the device, so nothing waits for the device.
         """
         share = torch.full((), 1 - min(self.decay, (1 + update) / (10 + update)), device=next(network.parameters()).device)
         if skipped is not None:
             share = share * (1 - skipped)
-        averages, news = list(self.network.parameters()), list(network.parameters())
-        torch._foreach_mul_(averages, 1 - share)  # all at once; one by one, 1,600 tensors keep a GPU waiting
-        torch._foreach_add_(averages, torch._foreach_mul(news, share))
-        for average, new in zip(self.network.buffers(), network.buffers(), strict=True):
-            average.copy_(new)
+        for average, new in zip(self.network.parameters(), network.parameters(), strict=True):
+            average.lerp_(new, share)
+        for kept, buffer in zip(self.network.buffers(), network.buffers(), strict=True):
+            kept.copy_(buffer)
+
+
+class UpdateGuard(nn.Module):
+    """Decides which updates to skip: those with a non-finite loss or gradient, or a loss `threshold` times the running mean.
+
+    The decision is made on the device and is the same in all processes. The running mean covers about the last 100 accepted updates
+    and is used once it covers 20.
+    """
+
+    KNOWN, LONG = 20, 100  # updates
+    in_a_row: Tensor  # updates skipped without a break, up to now
+    longest: Tensor  # such a row since the last `check`
+    accepted: Tensor  # updates, up to LONG
+    running_loss: Tensor
+
+    def __init__(self, threshold: float, world_size: int) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.world_size = world_size
+        for name in ("in_a_row", "accepted", "running_loss"):
+            self.register_buffer(name, torch.zeros(()))
+        self.register_buffer("longest", torch.zeros(()), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, loss: Tensor, norms: Sequence[Tensor]) -> Tensor:
+        """1 to skip the update, else 0; from its loss and the norms of its gradients, which are the same in all processes."""
+        loss = loss.detach().float().clone()
+        if self.world_size > 1:  # the loss can be infinite in one process while the gradient, as L1's, is finite
+            torch.distributed.all_reduce(loss)
+            loss /= self.world_size
+        refused = ~torch.isfinite(torch.stack([*norms, loss])).all()
+        if self.threshold:
+            refused |= (self.accepted >= self.KNOWN) & (loss > self.threshold * self.running_loss)
+            learned = self.running_loss.lerp(loss, 1 / (self.accepted + 1))
+            self.running_loss = torch.where(refused, self.running_loss, learned)
+            self.accepted = (self.accepted + ~refused).clamp(max=self.LONG)
+        skipped = refused.float()
+        self.in_a_row = (self.in_a_row + 1) * skipped
+        self.longest = torch.maximum(self.longest, self.in_a_row)
+        return skipped
+
+    def check(self, max_skipped: int) -> None:
+        """ValueError if so many updates in a row were skipped since the last call; a row that has not ended counts on."""
+        longest, self.longest = int(self.longest), self.in_a_row.clone()
+        if longest >= max_skipped:
+            raise ValueError(
+                f"{longest} updates in a row were skipped, as their loss or gradient was not finite or far too large: the last checkpoint "
+                "is sound; start again from it with pretrained_model_path, another exp_name, and a lower learning_rate or precision='fp32'"
+            )
+
+
+def update_unless(skipped: Tensor, *optimizers: torch.optim.Adam) -> None:
+    """One update of each optimizer, or none if `skipped` is 1, without waiting for the device.
+
+    This relies on PyTorch's contract between GradScaler and fused optimizers, which is not documented: `found_inf` = 1 makes `step`
+    leave weights, moments and step count as they are. The tests hold it against the oldest and the newest supported PyTorch.
+    """
+    for optimizer in optimizers:
+        optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        optimizer.step()
 
 
 # Evaluation
+
+
+class EvaluationImages(Protocol):
+    """`images[i]` is (name, lr, gt), uint8 (H, W, 3); a list of such tuples, or a `dataset.EvaluationSet`."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> tuple[str, RGB, RGB]: ...
 
 
 Scores = dict[str, Any]  # {"psnr": dB, "ssim": 0..1, "seconds": to upscale an image, "images": {name: {"psnr": …, "ssim": …}}}
 
 
 def evaluate(
-    upscaler: Callable[[imgproc.RGB], imgproc.RGB],
-    images: Sequence[tuple[str, imgproc.RGB, imgproc.RGB]],
+    upscaler: Callable[[RGB], RGB],
+    images: EvaluationImages,
     upscale_factor: int,
     runtime: Runtime,
     *,
-    on_image: Callable[[str, imgproc.RGB, imgproc.RGB, imgproc.RGB], None] | None = None,
+    on_image: Callable[[str, RGB, RGB, RGB], None] | None = None,
     progress: str = "",
     stop: StopRequest | None = None,
 ) -> Scores | None:
@@ -98,13 +156,15 @@ def evaluate(
 
     Args:
         upscaler: lr -> sr, uint8 (H, W, 3).
-        images: `images[i]` is (name, lr, gt); each process takes every world_size-th, and all get all scores.
+        images: each process scores every world_size-th image, and all processes get all scores.
         on_image: called with (name, lr, sr, gt) after each image, in the process that made it.
-        progress: a label for a progress bar, or none.
-        stop: where it becomes true in any process, evaluating ends before the next image, and all get None.
+        progress: the label of a progress bar; empty: none.
+        stop: once it is true in any process, the evaluation ends before the next image, and all processes get None.
     """
     mine = range(runtime.rank, len(images), runtime.world_size)
-    scores, seconds, stopped = {}, {}, False
+    scores: dict[str, dict[str, float]] = {}
+    seconds: dict[str, float] = {}
+    stopped = False
     for index in tqdm(mine, progress, unit="image", leave=False, disable=not (progress and runtime.is_main)):
         if stopped := bool(stop):
             break
@@ -127,20 +187,20 @@ def evaluate(
     return {**means, "seconds": float(np.mean(list(seconds.values()))), "images": scores}
 
 
-PROTOCOL = "PSNR in dB and SSIM on Y of YCbCr, {scale} border pixels dropped, pictures as written (uint8)"
+PROTOCOL = "PSNR in dB and SSIM on Y of YCbCr, {scale} border pixels dropped, images as written (uint8)"
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin to measure `peak_memory` anew, where the system can."""
+    """Restart the measurement of `peak_memory`, where the system can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak stays that of the whole process
+        with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak is that of the whole process
             Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """GiB that were in use at once: allocated on a GPU, or this whole process's on a CPU; None where it can't be known."""
+    """GiB in use at once: allocated on a GPU, or by this whole process on a CPU; None if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
@@ -160,10 +220,10 @@ def peak_memory(device: torch.device) -> float | None:
 def random_states() -> dict[str, Any]:
     """The states of all random generators, as plain types."""
     version, internal, gauss = random.getstate()
-    numpy_state = np.random.get_state()
+    kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
     return {
         "python": [version, list(internal), gauss],
-        "numpy": [numpy_state[0], torch.from_numpy(numpy_state[1].astype(np.int64)), *numpy_state[2:]],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -180,108 +240,9 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
-# The run log
-
-
-@cache  # so that it names the code that this process runs, also when the folder changes meanwhile
-def provenance() -> dict[str, str]:
-    """The command, the commit and the versions that made a result."""
-    return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),  # a plain str, which weights_only=True reads
-        "numpy": np.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {torch.get_num_threads()} threads",
-    }
-
-
-def _commit() -> str:
-    try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return found.stdout.strip() or "unknown"
-
-
-class RunLog:
-    """What a run says: a progress bar, a JSON line a report in log.jsonl, and TensorBoard; only in the main process.
-
-    Opening it at update N drops what an interrupted run has logged after N, as that is done again.
-    """
-
-    def __init__(self, folder: Path, update: int, total_updates: int, enabled: bool = True) -> None:
-        self.enabled = enabled
-        if not enabled:
-            return
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / "log.jsonl"
-        _keep_lines_until(self._path, update)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._board = SummaryWriter(str(folder), purge_step=update + 1)
-        self._bar = tqdm(total=total_updates, initial=update, unit="update", dynamic_ncols=True, smoothing=0.05)
-
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def step(self) -> None:
-        if self.enabled:
-            self._bar.update()
-
-    def write(self, update: int, values: Mapping[str, Any], shown: str = "") -> None:
-        """One report: a line in the file, numbers to TensorBoard, `shown` beside the progress bar."""
-        if not self.enabled:
-            return
-        try:
-            self._file.write(json.dumps({"update": update, **values}) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error  # a failing write doesn't say of what
-        for name, value in values.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                self._board.add_scalar(name, value, update)
-        if shown:
-            self._bar.set_postfix_str(shown)
-
-    def put_on_disk(self) -> None:
-        """Make sure that what a checkpoint takes for logged outlives the machine."""
-        if self.enabled:
-            try:
-                os.fsync(self._file.fileno())
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(self._path)) from error
-
-    def picture(self, update: int, name: str, image: imgproc.RGB) -> None:
-        if self.enabled:
-            self._board.add_image(name, image, update, dataformats="HWC")
-
-    def say(self, text: str) -> None:
-        if self.enabled:
-            self._bar.write(text)
-
-    def close(self) -> None:
-        if self.enabled:
-            self._bar.close()
-            self._board.close()
-            self._file.close()
-
-
-def _keep_lines_until(path: Path, update: int) -> None:
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if _logged_update(line) <= update]
-        if kept != lines:
-            files.write_text(path, "".join(kept))
-
-
-def _logged_update(line: str) -> float:
-    """The update that a line reports, or infinity for a line that was cut off."""
-    try:
-        return json.loads(line)["update"] if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+def checksum(networks: Sequence[nn.Module]) -> str:
+    """Of all their tensors, to compare between processes."""
+    crc = 0
+    for tensor in (tensor for network in networks for tensor in network.state_dict().values()):
+        crc = zlib.crc32(tensor.cpu().contiguous().numpy().tobytes(), crc)
+    return f"{crc:08x}"

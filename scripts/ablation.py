@@ -31,6 +31,8 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from reports import provenance
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import dataset
@@ -561,7 +563,7 @@ def time_updates(config: AblationConfig) -> dict[str, Any]:
         counted = taken[WARM_UP:]
         found.setdefault(variant, {"parameters": count})[loss] = {"median": statistics.median(counted), "best": min(counted)}
     about = {"rounds": config.timing_rounds, "threads": torch.get_num_threads(), "precision": updates[REFERENCE, "l1"].precision}
-    return {**about, "provenance": utils.provenance(), "variants": found}
+    return {**about, "provenance": provenance(), "variants": found}
 
 
 def measure_memory(config: AblationConfig, variant: Variant, loss: str) -> float | None:
@@ -752,7 +754,7 @@ def write_report(found: Findings) -> str:
     files.write_text(folder / "report.md", "\n\n".join([*describe(found), *draw(found)]) + "\n")
     plain = {
         "date": _now(),
-        "provenance": utils.provenance(),
+        "provenance": provenance(),
         "settings": asdict(found.config),
         "timing": found.timing,
         "comparisons": found.comparisons,
@@ -786,7 +788,7 @@ def describe(found: Findings) -> list[str]:
 
 def _origin(found: Findings) -> list[str]:
     """Where, when and by which commands the numbers were made."""
-    config, about = found.config, utils.provenance()
+    config, about = found.config, provenance()
     trained = Counter(outcome.about for outcome in found.outcomes.values() if outcome.about)
     example = command(Run(REFERENCE, "l1", config.seeds[0], config.updates), config)
     threads = "".join(f", {name}={value}" for name, value in _threads(config).items())

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 import tyro
 
+from reports import provenance
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import dataset
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = tyro.cli(BenchmarkConfig, args=argv, use_underscores=True)
     if config.model_arch_name not in model.ARCHITECTURES:
         raise ValueError(f"model_arch_name={config.model_arch_name!r} is unknown; known are {', '.join(model.ARCHITECTURES)}")
-    for name, value in utils.provenance().items():
+    for name, value in provenance().items():
         print(f"{name} {value}")
     time_resizing(config.runs)
     time_cutting(config)

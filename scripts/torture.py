@@ -30,9 +30,10 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from reports import provenance
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import utils
 import weights
 from runtime import run_script
 from utils import REPOSITORY
@@ -625,7 +626,7 @@ def add_up(comparisons: Iterable[Comparison]) -> Comparison:
 
 def verdict(config: TortureConfig, outcomes: Sequence[Outcome], minutes: float) -> str:
     """A table with a line for each victim, what differs, and the sum in the last line."""
-    about = ", ".join(f"{name} {value}" for name, value in utils.provenance().items() if name not in ("command", "device"))
+    about = ", ".join(f"{name} {value}" for name, value in provenance().items() if name not in ("command", "device"))
     lines = [
         f"{config.updates} updates each, fp32 on the CPU with {config.threads} thread(s); learning rate: warm-up over "
         f"{config.updates // 10} updates, halved every {config.updates // 3}; evaluated every {config.eval_every} and at the end, saved "

@@ -29,6 +29,7 @@ import weights
 from config import Config, parse
 from config_improved import parse_improved
 from helpers import REPOSITORY, drawn_image, tiny, write_set
+from reports import provenance
 from runtime import Runtime
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -46,7 +47,7 @@ def make_timing(config):
                                       for loss, value in zip(ablation.LOSSES, seconds, strict=True)}}
         for name, seconds in SECONDS.items()
     }  # fmt: skip
-    about = {"rounds": 3, "threads": 1, "precision": "fp32", "date": "today", "provenance": utils.provenance(), "variants": variants}
+    about = {"rounds": 3, "threads": 1, "precision": "fp32", "date": "today", "provenance": provenance(), "variants": variants}
     return {"settings": {"upscale_factor": config.upscale_factor, "extra": config.extra}, **about}
 
 
@@ -406,9 +407,9 @@ def test_what_the_report_says_about_itself(make, monkeypatch):
     config = make(report_only=True)
     fake_study(config, perceptual=False)
     monkeypatch.setattr(sys, "argv", ["scripts/ablation.py", "--report_only", "True"])
-    utils.provenance.cache_clear()
+    provenance.cache_clear()
     ablation.main(argv(config))
-    utils.provenance.cache_clear()
+    provenance.cache_clear()
     text = the_report(config)
     assert "by `ablation.py --report_only True`; commit" in text
     assert "Absent: 10 of 33 runs.\n\n- rcan_open_l1_seed0: absent" in text

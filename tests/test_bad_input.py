@@ -30,11 +30,11 @@ import image_files
 import inference
 import train
 import train_improved
-import utils
 import weights
 from config import Config, parse
 from config_improved import ImprovedConfig, parse_improved
 from helpers import REPOSITORY, TINY, drawn_image, tiny, write_set
+from reports import provenance
 from runtime import run_script
 
 
@@ -233,7 +233,7 @@ def ended(monkeypatch, capsys):
         monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", "1000")
-        utils.provenance.cache_clear()
+        provenance.cache_clear()
         capsys.readouterr()
         code = 0
         with permissions_matter(folder) if other_user else contextlib.nullcontext():
@@ -242,7 +242,7 @@ def ended(monkeypatch, capsys):
             except SystemExit as end:
                 code = end.code
             finally:
-                utils.provenance.cache_clear()  # it names the command
+                provenance.cache_clear()  # it names the command
         return code, *capsys.readouterr()
 
     return run

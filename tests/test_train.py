@@ -19,6 +19,7 @@ import utils
 import weights
 from config import Config
 from helpers import REPOSITORY, tiny, write_set
+from reports import RunLog
 from runs import log_lines, same_checkpoints, small_runs, stop_after, tensors
 from runtime import Runtime
 from store import PairStore
@@ -362,8 +363,8 @@ def test_it_saves_by_time_too(settings, monkeypatch):
 
 
 def test_what_is_logged_is_on_the_disk_before_the_checkpoint_that_counts_on_it(settings, monkeypatch):
-    order, put, save = [], utils.RunLog.put_on_disk, checkpoints.save_last
-    monkeypatch.setattr(utils.RunLog, "put_on_disk", lambda log: order.append("log") or put(log))
+    order, put, save = [], RunLog.put_on_disk, checkpoints.save_last
+    monkeypatch.setattr(RunLog, "put_on_disk", lambda log: order.append("log") or put(log))
     monkeypatch.setattr(checkpoints, "save_last", lambda *given: order.append("checkpoint") or save(*given))
     assert train.train(settings(save_every=2), train.PixelStep)
     assert order == ["log", "checkpoint"] * 3

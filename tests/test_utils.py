@@ -15,6 +15,7 @@ from torch import nn
 import imgproc
 import utils
 from helpers import REPOSITORY, drawn_image, tiny
+from reports import RunLog
 from runtime import Runtime, StopRequest
 from utils import EMA
 
@@ -114,13 +115,13 @@ def test_random_states_continue():
 
 
 def test_the_log_drops_what_is_done_again(tmp_path):
-    log = utils.RunLog(tmp_path, 0, 10)
+    log = RunLog(tmp_path, 0, 10)
     for update in (2, 4, 6):
         log.write(update, {"loss/l1": 1 / update})
     log.close()
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('garbled\n{"update": 7, "cut')
-    log = utils.RunLog(tmp_path, 4, 10)
+    log = RunLog(tmp_path, 4, 10)
     log.write(6, {"loss/l1": 0.5})
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -128,7 +129,7 @@ def test_the_log_drops_what_is_done_again(tmp_path):
 
 
 def test_other_processes_log_nothing(tmp_path):
-    log = utils.RunLog(tmp_path / "run", 0, 10, enabled=False)
+    log = RunLog(tmp_path / "run", 0, 10, enabled=False)
     log.step()
     log.write(1, {})
     log.say("nothing")
