@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, "train", argv)
     if config.use_composite_loss:
         raise ValueError("use_composite_loss=True contradicts train.py, which trains with L1: set it to False, or run train_improved.py")
-    train(config, PixelStep)
+    if not train(config, PixelStep):
+        sys.exit(STOPPED)
 
 
 class Step(Protocol):
@@ -118,8 +119,8 @@ class PixelStep:
 # The loop
 
 
-def train(config: Config, build_step: Callable[[Config, Runtime, str], Step]) -> None:
-    """Prepare and train a run, or only try it (`dry_run`); exits with `STOPPED` if it was asked to stop before its end.
+def train(config: Config, build_step: Callable[[Any, Runtime, str], Step]) -> bool:
+    """Prepare and train a run, or only try it (`dry_run`); False if it was asked to stop before its end.
 
     Raises:
         ValueError, OSError: settings, data or checkpoint do not fit; raised before anything is changed.
@@ -128,9 +129,7 @@ def train(config: Config, build_step: Callable[[Config, Runtime, str], Step]) ->
     alone = runtime.is_main and not config.dry_run
     with files.FolderLock(config.experiment_dir) if alone else contextlib.nullcontext():
         run = prepare(config, build_step, runtime)
-        finished = run.rehearse() if config.dry_run else run.go()
-    if not finished:
-        sys.exit(STOPPED)
+        return run.rehearse() if config.dry_run else run.go()
 
 
 @dataclass
@@ -318,7 +317,7 @@ class Run:
         utils.restore_random_states(checkpoint["random_states"])
 
 
-def prepare(config: Config, build_step: Callable[[Config, Runtime, str], Step] | None = None, runtime: Runtime | None = None) -> Run:
+def prepare(config: Config, build_step: Callable[[Any, Runtime, str], Step] | None = None, runtime: Runtime | None = None) -> Run:
     """Everything before the first update: checkpoint, data, networks. Writes nothing but the cache of training images.
 
     Raises:

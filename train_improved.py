@@ -23,13 +23,14 @@ import utils
 import weights
 from config_improved import ImprovedConfig, parse_improved
 from reports import SKIPPED
-from runtime import Runtime, parallel, run_script, synchronised
+from runtime import STOPPED, Runtime, parallel, run_script, synchronised
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_improved(argv)
     warn_of_unusual_settings(config)
-    train.train(config, AdversarialStep if config.use_composite_loss else train.PixelStep)
+    if not train.train(config, AdversarialStep if config.use_composite_loss else train.PixelStep):
+        sys.exit(STOPPED)
 
 
 class AdversarialStep(train.PixelStep):
@@ -43,11 +44,8 @@ class AdversarialStep(train.PixelStep):
     criterion: losses.CompositeLoss
 
     def __init__(self, config: ImprovedConfig, runtime: Runtime, precision: str) -> None:
-        if (
-            config.adversarial_weight
-            and config.batch_size == runtime.world_size
-            and config.gt_patch_size < 2 * model.Discriminator.MIN_SIZE
-        ):
+        lonely = config.batch_size == runtime.world_size  # one patch a process
+        if config.adversarial_weight and lonely and config.gt_patch_size < 2 * model.Discriminator.MIN_SIZE:
             raise ValueError(
                 f"batch_size={config.batch_size} leaves {runtime.world_size} processes one patch of {config.gt_patch_size} each, too few "
                 "pixels for the discriminator's normalisation: double batch_size, or set a larger lr_patch_size"
@@ -80,7 +78,8 @@ class AdversarialStep(train.PixelStep):
         else:  # the discriminator normalises over the whole batch, so SR is first made without a graph, part by part
             with torch.no_grad(), self.autocast():
                 sr = torch.cat([self.generator(part) for part in lr.chunk(parts)]).requires_grad_()
-        judged, sr_logits, gt_logits = {}, None, None
+        judged: dict[str, Tensor] = {}
+        sr_logits = gt_logits = None
         if self.discriminator:
             judged, gt_logits = self._discriminator_gradient(sr.detach(), gt)
             self.discriminator.requires_grad_(False)  # the generator's loss leaves no gradient there
