@@ -144,12 +144,12 @@ class Run:
     batches: dataset.TrainBatches
     progress: checkpoints.Progress = field(default_factory=checkpoints.Progress)
     saved: int | None = None  # the update after which last.pth.tar was written
-    saved_at: float = field(default_factory=time.monotonic)
     warned: bool = False  # of slow data
 
     def __post_init__(self) -> None:
         self.ema = utils.EMA(self.step.generator, self.config.ema_decay)
         self.meter = Meter(self.runtime)
+        self.saved_at = time.monotonic()
 
     def go(self) -> bool:
         """Train to the end, or until asked to stop; True at the end."""
