@@ -1,11 +1,11 @@
-"""How programs name RCAN's weights and what their values count in: a table of layouts, and the exact ways between them.
+"""State-dict keys and value ranges of known RCAN programs: a table of layouts, and the exact conversions between them.
 
-A layout maps the names of `model.RCAN` to another program's, and its tensors to ours: some programs subtract the mean in a
-convolution, some work on [0, 255] inside, one scales its residuals. All of that can be multiplied into the first and the last
-convolutions, in float64, so that our network computes the same to about 1e-7 of the picture's range. `LAYOUTS` lists them:
+A layout maps the keys of `model.RCAN` to another program's, and its tensors to ours. Some programs subtract the mean in a
+convolution, some work on [0, 255] inside, one scales its residuals. All of this is multiplied into the first and the last
+convolutions, in float64; our network then computes the same to about 1e-7 of the image's range. `LAYOUTS` lists them:
 
-    native     the names of model.RCAN, and of the weights published for repositories like this one
-    official   the paper's code; EDSR-PyTorch, torchSR, spandrel (so chaiNNer, ComfyUI) and traiNNer use its names too
+    native     the keys of model.RCAN, and of the weights published for repositories like this one
+    official   the paper's code; EDSR-PyTorch, torchSR, spandrel (so chaiNNer, ComfyUI) and traiNNer use its keys too
     basicsr    BasicSR
     rcan-it    RCAN-it (Lin et al., "Revisiting RCAN", 2022)
 """
@@ -24,7 +24,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Size:
-    """What names alone tell of a network."""
+    """What the keys alone tell of a network."""
 
     groups: int
     blocks: int
@@ -34,10 +34,10 @@ class Size:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a program names RCAN's layers; {g} counts groups, {b} blocks, {u} the modules of the upsampler, {last} is one past them."""
+    """A program's names of RCAN's layers; {g} counts groups, {b} blocks, {u} the upsampler's modules, {last} is one past them."""
 
     program: str
-    mark: str  # the beginning of a name (a pattern) that no other layout has
+    mark: str  # a pattern for the beginning of a key that no other layout has
     conv1: str
     first: str  # of a block's two convolutions
     second: str
@@ -49,11 +49,11 @@ class Layout:
     conv3: str
     spatial: str = ""  # CBAM's 7x7 convolution; empty where the program has none
     upsampler_steps: int = 1  # from one convolution of the upsampler to the next
-    to_native: Callable[[State], State] = dict  # under our names, in float64: from this layout's counting to ours
-    from_native: Callable[[State], State] | None = None  # and back; None: nothing is written in this layout
+    to_native: Callable[[State], State] = dict  # under our keys, in float64: this layout's values to ours
+    from_native: Callable[[State], State] | None = None  # and back; None: this layout is only read
 
     def names(self, size: Size) -> dict[str, str]:
-        """Our names (with .weight and .bias) -> this layout's."""
+        """Our keys (with .weight and .bias) -> this layout's."""
         return {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in self._layers(size) for kind in ("weight", "bias")}
 
     def _layers(self, size: Size) -> Iterator[tuple[str, str]]:
@@ -68,7 +68,7 @@ class Layout:
                     yield getattr(NATIVE, field).format(g=g, b=b), getattr(self, field).format(g=g, b=b)
 
     def title(self, state: Mapping[str, Tensor]) -> str:
-        """What a person is told: the program and the range it works on."""
+        """The program and the range it works on, for messages."""
         inner = "[0, 255]" if self.program == "basicsr" or "sub_mean.weight" in state else "[0, 1]"
         return f"{self.program} layout, {inner} inside"
 
@@ -93,14 +93,14 @@ MEAN_SHIFT = ("sub_mean.weight", "sub_mean.bias", "add_mean.weight", "add_mean.b
 
 
 def _fold_mean_shift(state: State) -> State:
-    """Work on [0, 1] with one mean: the 1x1 convolutions before and after are multiplied into the first and the last."""
+    """To [0, 1] with one mean: the 1x1 convolutions before and after are multiplied into the first and the last convolution."""
     state = dict(state)
     if "sub_mean.weight" not in state:
         return {**state, "mean": torch.zeros(1, 3, 1, 1)}
     before, shift_before, after, shift_after = (state.pop(name) for name in MEAN_SHIFT)  # (3, 3, 1, 1), (3,)
     before, after = before[:, :, 0, 0], after[:, :, 0, 0]
     if torch.linalg.cond(before) > 1e6:
-        raise ValueError(f"sub_mean.weight is {before.tolist()}, which mixes the colours in a way that can't be undone; is it damaged?")
+        raise ValueError(f"sub_mean.weight is {before.tolist()}, a mixture of colours that can't be inverted; is the file damaged?")
     mean = -torch.linalg.solve(before, shift_before) / 255
     state["conv1.weight"] = 255 * torch.einsum("oihw,ij->ojhw", state["conv1.weight"], before)
     state["conv3.weight"] = torch.einsum("po,oihw->pihw", after, state["conv3.weight"]) / 255
@@ -108,7 +108,7 @@ def _fold_mean_shift(state: State) -> State:
     return {**state, "mean": mean.view(1, 3, 1, 1)}
 
 
-def _count_to_255(state: State) -> State:
+def _to_255(state: State) -> State:
     """The first and the last convolution for a program that works on [0, 255] inside."""
     first = _undo(lambda weight: weight * 255, state["conv1.weight"], state["conv1.weight"] / 255)
     last = {name: _undo(lambda value: value / 255, state[name], state[name] * 255) for name in ("conv3.weight", "conv3.bias")}
@@ -116,8 +116,8 @@ def _count_to_255(state: State) -> State:
 
 
 def _unfold_mean_shift(state: State) -> State:
-    """As `_count_to_255`, with mean shifts that only add."""
-    state = _count_to_255(state)
+    """As `_to_255`, with mean shifts that only add."""
+    state = _to_255(state)
     mean = state.pop("mean").flatten()
     shift = _undo(lambda value: value / 255, mean, mean * 255)
     before, after = (torch.eye(3).view(3, 3, 1, 1) for _ in range(2))
@@ -125,7 +125,7 @@ def _unfold_mean_shift(state: State) -> State:
 
 
 def _undo(forward: Callable[[Tensor], Tensor], wanted: Tensor, near: Tensor) -> Tensor:
-    """The float32 beside `near` that reading will turn into `wanted`, or what comes nearest: within its last bit."""
+    """The float32 next to `near` that `forward` maps to `wanted`, or else nearest to it, within the last bit."""
     near = near.to(torch.float32)
     tried = torch.stack([near, *(torch.nextafter(near, torch.full_like(near, end)) for end in (-torch.inf, torch.inf))])
     errors = (forward(tried.to(torch.float64)).to(torch.float32) - wanted).abs()
@@ -158,10 +158,12 @@ def _from_basicsr(state: State) -> State:
 
 
 def _to_basicsr(state: State) -> State:
-    state = _count_to_255(state)
+    state = _to_255(state)
     mean = state.pop("mean").flatten()
     if not torch.equal(mean, torch.tensor(model.DIV2K_MEAN)):
-        raise ValueError(f"layout='basicsr' has the mean {model.DIV2K_MEAN} built in, but the network's is {mean.tolist()}: use 'official'")
+        raise ValueError(
+            f"layout='basicsr' has the mean {model.DIV2K_MEAN} built in, but the network's is {mean.tolist()}: use layout='official'"
+        )
     return state
 
 
@@ -184,19 +186,19 @@ BASICSR = Layout(
 
 
 def _fold_rcan_it(state: State) -> State:
-    """RCAN-it: as official, and each block's result is multiplied by a small number before it is added."""
+    """As official, and each block's result is multiplied by a small number before it is added."""
     state = _fold_mean_shift(state)
     for block in {name.removesuffix(".2.weight") for name in state if re.fullmatch(pattern(NATIVE.second) + r"\.weight", name)}:
         for name in (f"{block}.2.weight", f"{block}.2.bias"):
             state[name] = state[name] * RCAN_IT_RESIDUAL_SCALE
-        squeeze = f"{block}.3.channel_attention_layer.1.weight"  # what it is given shrinks with the second convolution
+        squeeze = f"{block}.3.channel_attention_layer.1.weight"  # its input shrinks with the second convolution
         state[squeeze] = state[squeeze] / RCAN_IT_RESIDUAL_SCALE
     return {**state, **{mark: torch.empty(0) for mark in RCAN_IT_MARKS}}
 
 
-RCAN_IT_RESIDUAL_SCALE = 0.1  # the default of its settings; files don't hold it
+RCAN_IT_RESIDUAL_SCALE = 0.1  # its default setting, which files don't record
 
-RCAN_IT_MARKS = ("silu", "upsampler_activation")  # of model.MARKS: how its networks differ from the paper's
+RCAN_IT_MARKS = ("silu", "upsampler_activation")  # keys of model.MARKS: its networks differ from the paper's in these
 
 RCAN_IT = replace(
     OFFICIAL,
@@ -213,5 +215,5 @@ LAYOUTS = {layout.program: layout for layout in (NATIVE, OFFICIAL, BASICSR, RCAN
 
 
 def pattern(template: str) -> str:
-    """A regular expression for the names that a template stands for; its groups are the numbers."""
+    """A regular expression for the keys of a template; its groups are the numbers."""
     return re.sub(r"\\\{\w+\\\}", r"(\\d+)", re.escape(template))

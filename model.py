@@ -9,13 +9,14 @@
 RCAN: Zhang et al., "Image Super-Resolution Using Very Deep Residual Channel Attention Networks", ECCV 2018.
 CBAM: Woo et al., "CBAM: Convolutional Block Attention Module", ECCV 2018.
 ESRGAN: Wang et al., "Enhanced Super-Resolution Generative Adversarial Networks", ECCV Workshops 2018.
-The names of the parameters are those of the weights that people download for this repository, so such files load as they are.
+State-dict keys are those of the weights that people download for this repository, so such files load as they are.
 """
 
 import itertools
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,20 +33,22 @@ class RCAN(nn.Module):
     Args:
         upscale_factor: 2, 3, 4 or 8.
         channels: width of every feature map between the first and the last convolution.
-        reduction: how many times narrower the bottleneck of the attention is, rounded down; at most `channels`.
+        reduction: the attention's bottleneck has `channels // reduction` channels; at most `channels`.
         num_rg: residual groups.
         num_rcab: residual channel attention blocks in each group.
-        attention: "channel" as in the paper; "cbam"; or "cbam_average", CBAM without the maxima over the picture (see `CBAM`).
+        attention: "channel" as in the paper; "cbam"; or "cbam_average", CBAM without the maxima over the image (see `CBAM`).
         mean: RGB in [0, 1], subtracted before the first convolution and added after the last.
         activation: "relu" as in the paper, or "silu" as in RCAN-it (Lin et al., "Revisiting RCAN", 2022).
         upsampler_activation: whether an activation follows each step of the upsampler, as in RCAN-it.
-        initial_channel_gate: the factor of every channel before training, nearly, between 0 and 1; None: as published, near 0.5.
-        initial_spatial_gate: CBAM's factor of every pixel before training, exactly; None: as published, near 0.5. Both are about
-            training only: files of weights don't depend on them.
+        initial_channel_gate: factor of every channel before training, approximately, between 0 and 1; None: near 0.5, as published.
+        initial_spatial_gate: CBAM's factor of every pixel before training, exactly; None: near 0.5, as published. Both gate
+            initialisations only matter for training; checkpoints don't record them.
 
     Raises:
-        ValueError: for an unknown scale, attention or activation, or a size that can't be built.
+        ValueError: an unknown scale, attention or activation, or impossible sizes or gates.
     """
+
+    mean: Tensor  # (1, 3, 1, 1)
 
     def __init__(
         self,
@@ -62,10 +65,7 @@ class RCAN(nn.Module):
         initial_spatial_gate: float | None = None,
     ) -> None:
         super().__init__()
-        _check_choices(upscale_factor, attention, activation)
-        _check_gates(attention, initial_channel_gate, initial_spatial_gate)
-        _check_size(channels, reduction, num_rg, num_rcab)
-        self.arguments = {
+        self.arguments: dict[str, Any] = {
             "upscale_factor": upscale_factor,
             "channels": channels,
             "reduction": reduction,
@@ -76,8 +76,11 @@ class RCAN(nn.Module):
             "activation": activation,
             "upsampler_activation": upsampler_activation,
         }
+        _check(self.arguments, initial_channel_gate, initial_spatial_gate)
+        self.source = "random weights"  # where the weights come from, for messages
+        self.degradation: str | None = None  # "BI", "BD", "DN" or "photo", which the weights were trained for, where that is known
         self.upscale_factor = upscale_factor
-        self.activation_checkpointing = False  # in training, whether groups and upsampler are computed again for their gradients
+        self.activation_checkpointing = False  # while training, recompute groups and upsampler in backward instead of storing them
         self.register_buffer("mean", torch.tensor(self.arguments["mean"]).view(1, 3, 1, 1))
         self.conv1 = _conv3x3(3, channels)
         self.trunk = nn.Sequential(*(ResidualGroup(channels, reduction, num_rcab, attention, activation) for _ in range(num_rg)))
@@ -85,25 +88,26 @@ class RCAN(nn.Module):
         after = activation if upsampler_activation else None
         self.upsampling = nn.Sequential(*(Upsampler(channels, factor, after) for factor in _UPSAMPLING_FACTORS[upscale_factor]))
         self.conv3 = _conv3x3(channels, 3)
-        for mark in self.marks():  # in the state_dict, so that such weights can never be taken for the paper's
+        for mark in self.marks():  # in the state dict, so that a network of the paper refuses these weights
             self.register_buffer(mark, torch.empty(0))
-        for layer in filter(lambda module: isinstance(module, ChannelAttention | CBAM), self.modules()):
-            _set_gates(layer, initial_channel_gate, initial_spatial_gate)
+        for layer in self.modules():
+            if isinstance(layer, ChannelAttention):
+                layer.initialise_gates(initial_channel_gate, initial_spatial_gate)
 
     def marks(self) -> list[str]:
-        """Names of the empty buffers that say what no other name or shape says; none for the paper's network."""
+        """Names of the empty buffers that record what no other key or shape shows; none for the paper's network."""
         return [mark for mark, (name, value) in MARKS.items() if self.arguments[name] == value]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Upscale `x`, RGB in [0, 1]; the result may leave [0, 1] a little, and `x` is left as it was."""
+        """Upscale `x`, RGB in [0, 1], without changing it; the result may leave [0, 1] a little."""
         shallow = self.conv1(x - self.mean)  # (N, C, h, w)
         deep = self.conv2(self._compute(self.trunk, shallow)) + shallow  # (N, C, h, w)
         return self.conv3(self._compute(self.upsampling, deep)) + self.mean  # (N, 3, scale h, scale w)
 
     def _compute(self, layers: nn.Sequential, x: Tensor) -> Tensor:
         for layer in layers:
-            again = self.activation_checkpointing and torch.is_grad_enabled()
-            x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False) if again else layer(x)  # (N, C, …)
+            recompute = self.activation_checkpointing and torch.is_grad_enabled()
+            x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False) if recompute else layer(x)  # (N, C, …)
         return x
 
 
@@ -136,18 +140,14 @@ class ResidualChannelAttentionBlock(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """One factor for each channel, from its average over the whole picture (section 3.3).
+    """A factor for each channel, from its average over the whole image (section 3.3)."""
 
-    `gates` are the functions whose results are multiplied in, one after the other; `summands`, how many results of the perceptron
-    are added up before the sigmoid.
-    """
-
-    summands = 1
+    summands = 1  # outputs of the perceptron that are added before the sigmoid
 
     def __init__(self, channels: int, reduction: int, activation: str = "relu") -> None:
         super().__init__()
         self.channel_attention_layer = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
+            nn.Identity(),  # in published files the pooling has this index; `mean` needs no copies in backward, and gives the same bits
             nn.Conv2d(channels, channels // reduction, 1),
             ACTIVATIONS[activation](),
             nn.Conv2d(channels // reduction, channels, 1),
@@ -156,67 +156,81 @@ class ChannelAttention(nn.Module):
 
     @property
     def gates(self) -> tuple[Callable[[Tensor], Tensor], ...]:
-        return (self.channel_attention_layer,)
+        """Functions of the features, whose results multiply them one after the other."""
+        return (self.channel_gate,)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.channel_attention_layer(x)  # (N, C, h, w) * (N, C, 1, 1)
+        for gate in self.gates:
+            x = x * gate(x)  # (N, C, h, w) * (N, C, 1, 1) or (N, 1, h, w)
+        return x
+
+    def channel_gate(self, x: Tensor) -> Tensor:
+        return self.channel_attention_layer(x.mean((2, 3), keepdim=True))  # (N, C, 1, 1), 0..1
+
+    def initialise_gates(self, channel: float | None, spatial: float | None) -> None:
+        """Make the factors before training about `channel` and exactly `spatial`; None leaves them as they are."""
+        if channel is not None:
+            nn.init.constant_(self.channel_attention_layer.get_parameter("3.bias"), _logit(channel) / self.summands)
 
 
-class CBAM(nn.Module):
+class CBAM(ChannelAttention):
     """A factor for each channel, then a factor for each pixel (CBAM, equations 1 to 3).
 
-    The multilayer perceptron shares its names with `ChannelAttention`, so that plain RCAN weights are a start for CBAM.
-    Maxima are taken with their places, since `amax` looks for them again in backward; compiled in bf16 it finds none: 0 / 0.
+    The keys of the channel part are those of `ChannelAttention`, so that plain RCAN weights can start CBAM.
+    `max` returns indices, which backward uses. `amax` searches for its maxima again in backward; compiled in bf16 it finds none
+    and divides 0 by 0.
 
     Args:
-        use_maximum: whether a channel's factor also comes from its maximum over the picture, as published. Maxima grow with the
-            picture, so that patches in training see smaller ones than whole pictures; without them it is RCAN's channel attention.
+        use_maximum: whether a channel's factor also depends on its maximum over the image, as published. Maxima grow with the
+            image, so training patches see smaller ones than whole images; without them the channel part is RCAN's.
     """
 
     def __init__(self, channels: int, reduction: int, activation: str = "relu", use_maximum: bool = True) -> None:
-        super().__init__()
-        self.use_maximum = use_maximum
-        self.summands = 2 if use_maximum else 1  # of the perceptron's results
-        self.channel_attention_layer = ChannelAttention(channels, reduction, activation).channel_attention_layer
+        super().__init__(channels, reduction, activation)
+        self.summands = 2 if use_maximum else 1
         self.spatial_attention_layer = nn.Sequential(nn.Conv2d(2, 1, 7, padding=3), nn.Sigmoid())
 
     @property
     def gates(self) -> tuple[Callable[[Tensor], Tensor], ...]:
         return self.channel_gate, self.spatial_gate
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x * self.channel_gate(x)  # (N, C, h, w) * (N, C, 1, 1)
-        return x * self.spatial_gate(x)  # (N, C, h, w) * (N, 1, h, w)
-
     def channel_gate(self, x: Tensor) -> Tensor:
-        if not self.use_maximum:
-            return self.channel_attention_layer(x)  # (N, C, 1, 1), 0..1
-        average, squeeze, activation, excite, sigmoid = self.channel_attention_layer
-        pooled = torch.stack((average(x), functional.adaptive_max_pool2d(x, 1)))  # (2, N, C, 1, 1)
-        gates = excite(activation(squeeze(pooled.flatten(0, 1)))).view_as(pooled)  # (2, N, C, 1, 1), the same perceptron for both
+        if self.summands == 1:
+            return super().channel_gate(x)
+        _, squeeze, activation, excite, sigmoid = self.channel_attention_layer
+        pooled = torch.stack((x.mean((2, 3), keepdim=True), functional.adaptive_max_pool2d(x, 1)))  # (2, N, C, 1, 1)
+        gates = excite(activation(squeeze(pooled.flatten(0, 1)))).view_as(pooled)  # (2, N, C, 1, 1), one perceptron for both
         return sigmoid(gates.sum(0))  # (N, C, 1, 1), 0..1
 
     def spatial_gate(self, x: Tensor) -> Tensor:
         summary = torch.cat((x.mean(1, keepdim=True), x.max(1, keepdim=True).values), 1)  # (N, 2, h, w)
         return self.spatial_attention_layer(summary)  # (N, 1, h, w), 0..1
 
+    def initialise_gates(self, channel: float | None, spatial: float | None) -> None:
+        super().initialise_gates(channel, spatial)
+        if spatial is not None:
+            nn.init.zeros_(self.spatial_attention_layer.get_parameter("0.weight"))
+            nn.init.constant_(self.spatial_attention_layer.get_parameter("0.bias"), _logit(spatial))
+
 
 class Upsampler(nn.Module):
-    """Sub-pixel convolution: `factor`² as many channels, laid out as pixels.
+    """Sub-pixel convolution: `factor`² as many channels, rearranged to pixels.
 
-    The convolution's channels are put in the order (row, column, channel) before it runs, so that laying them out moves
-    whole pixels instead of single values: the same result, and about 0.9 of the time of an update on a CPU (0.8 compiled).
+    The convolution's output channels are ordered (row, column, channel) before it runs, so that the rearrangement moves whole
+    pixels instead of single values. The result is the same; an update takes about 0.9 of the time on a CPU (0.8 compiled).
     """
 
     def __init__(self, channels: int, factor: int, activation: str | None = None) -> None:
         super().__init__()
+        self.channels, self.factor = channels, factor
         self.upsample_block = nn.Sequential(_conv3x3(channels, channels * factor**2), nn.PixelShuffle(factor))
         if activation:
             self.upsample_block.append(ACTIVATIONS[activation]())
 
     def forward(self, x: Tensor) -> Tensor:
-        convolution, shuffle, *activation = self.upsample_block
-        factor, channels = shuffle.upscale_factor, convolution.in_channels
+        convolution, _, *activation = self.upsample_block
+        assert isinstance(convolution, nn.Conv2d) and convolution.bias is not None
+        channels, factor = self.channels, self.factor
         weight = convolution.weight.unflatten(0, (channels, factor**2)).transpose(0, 1).flatten(0, 1)
         bias = convolution.bias.unflatten(0, (channels, factor**2)).t().flatten()
         x = functional.conv2d(x, weight, bias, padding=1).movedim(1, 3)  # (N, h, w, factor factor C)
@@ -226,14 +240,15 @@ class Upsampler(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Whether a picture is an original, as one logit: ESRGAN's network in VGG's style (its released training code).
+    """One logit for each image, high for GT images and low for SR: ESRGAN's VGG-style network (its released training code).
 
     Pairs of a 3x3 convolution and a 4x4 one of stride 2, with 1, 2, 4, 8 and 8 times `channels`, batch normalisation and
-    LeakyReLU(0.2), then two linear layers. The last feature maps are averaged to 4x4, which they have for patches of 128, so
-    that patches of any size fit. Statistics are always those of the batch: it has no buffers, and eval mode changes nothing.
+    LeakyReLU(0.2), then two linear layers. The last feature maps are averaged to 4x4, the size that they have for patches of 128,
+    so that patches of any size fit. Normalisation always uses the batch's statistics: there are no buffers, and eval mode changes
+    nothing.
 
     Raises:
-        ValueError: for pictures smaller than `MIN_SIZE`, or a single one whose last feature maps are one pixel.
+        ValueError: images smaller than `MIN_SIZE`, or a single one smaller than twice that, whose last feature maps are one pixel.
     """
 
     MIN_SIZE = 32  # pixels, halved five times
@@ -254,25 +269,29 @@ class Discriminator(nn.Module):
         """Logits (N, 1) in float32 of `x`, (N, 3, H, W) RGB in [0, 1]."""
         if min(x.shape[2:]) < self.MIN_SIZE or (x.shape[0] == 1 and max(x.shape[2:]) < 2 * self.MIN_SIZE):
             raise ValueError(
-                f"{x.shape[0]} picture(s) of {x.shape[3]}x{x.shape[2]} are too small for the discriminator: "
-                f"sides must be at least {self.MIN_SIZE}, or {2 * self.MIN_SIZE} for a single picture"
+                f"{x.shape[0]} image(s) of {x.shape[3]}x{x.shape[2]} are too small for the discriminator: "
+                f"sides must be at least {self.MIN_SIZE}, or {2 * self.MIN_SIZE} for a single image"
             )
         x = self.pool(self.features(x - 0.5))  # (N, 8 C, 4, 4)
-        with torch.autocast(x.device.type, enabled=False):  # the relativistic loss is about small differences
-            return self.classifier(x.to(self.classifier[1].weight.dtype))  # (N, 1)
+        with torch.autocast(x.device.type, enabled=False):  # the relativistic loss compares small differences
+            return self.classifier(x.to(next(self.classifier.parameters()).dtype))  # (N, 1)
 
 
-ATTENTIONS = {"channel": ChannelAttention, "cbam": CBAM, "cbam_average": partial(CBAM, use_maximum=False)}
+ATTENTIONS: dict[str, Callable[[int, int, str], nn.Module]] = {
+    "channel": ChannelAttention,
+    "cbam": CBAM,
+    "cbam_average": partial(CBAM, use_maximum=False),
+}
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
-MARKS = {  # buffer: the argument that it stands for
+MARKS = {  # buffer: the argument that it records, and its value
     "silu": ("activation", "silu"),
     "upsampler_activation": ("upsampler_activation", True),
     "cbam_average": ("attention", "cbam_average"),
 }
 _UPSAMPLING_FACTORS = {2: (2,), 3: (3,), 4: (2, 2), 8: (2, 2, 2)}
 
-PAPER_SIZE = {"channels": 64, "reduction": 16, "num_rg": 10, "num_rcab": 20}
-LIGHT_SIZE = {"channels": 48, "reduction": 16, "num_rg": 3, "num_rcab": 4}
+PAPER_SIZE: dict[str, Any] = {"channels": 64, "reduction": 16, "num_rg": 10, "num_rcab": 20}
+LIGHT_SIZE: dict[str, Any] = {"channels": 48, "reduction": 16, "num_rg": 3, "num_rcab": 4}
 
 rcan_x2, rcan_x3, rcan_x4, rcan_x8 = (partial(RCAN, scale, **PAPER_SIZE) for scale in SCALES)
 rcan_cbam_x2, rcan_cbam_x3, rcan_cbam_x4, rcan_cbam_x8 = (partial(RCAN, scale, **PAPER_SIZE, attention="cbam") for scale in SCALES)
@@ -281,8 +300,8 @@ rcan_light_cbam_x2, rcan_light_cbam_x3, rcan_light_cbam_x4, rcan_light_cbam_x8 =
     partial(RCAN, scale, **LIGHT_SIZE, attention="cbam") for scale in SCALES
 )
 
-# By the names that config.py knows
-ARCHITECTURES = {name: build for name, build in globals().items() if name.startswith("rcan_")}
+# By their names in config.py
+ARCHITECTURES: dict[str, Callable[..., RCAN]] = {name: build for name, build in globals().items() if name.startswith("rcan_")}
 
 
 def _conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -297,38 +316,23 @@ def _normalised(convolution: nn.Conv2d) -> list[nn.Module]:
     return [convolution, nn.BatchNorm2d(convolution.out_channels, track_running_stats=False), nn.LeakyReLU(0.2)]
 
 
-def _check_choices(upscale_factor: int, attention: str, activation: str) -> None:
-    choices = {"upscale_factor": (upscale_factor, SCALES), "attention": (attention, ATTENTIONS), "activation": (activation, ACTIVATIONS)}
-    for name, (value, known) in choices.items():
-        if value not in known:
-            raise ValueError(f"{name}={value!r} is unknown; known are {', '.join(map(repr, known))}")
-
-
-def _check_gates(attention: str, initial_channel_gate: float | None, initial_spatial_gate: float | None) -> None:
-    for name, value in (("initial_channel_gate", initial_channel_gate), ("initial_spatial_gate", initial_spatial_gate)):
-        if value is not None and not 0 < value < 1:
-            raise ValueError(f"{name}={value} must lie between 0 and 1, and be neither")
-    if initial_spatial_gate is not None and attention == "channel":
-        raise ValueError(
-            f"initial_spatial_gate={initial_spatial_gate} contradicts attention='channel', which has none: set it to None, or take CBAM"
-        )
-
-
-def _set_gates(layer: "ChannelAttention | CBAM", initial_channel_gate: float | None, initial_spatial_gate: float | None) -> None:
-    if initial_channel_gate is not None:
-        nn.init.constant_(layer.channel_attention_layer[3].bias, _logit(initial_channel_gate) / layer.summands)
-    if initial_spatial_gate is not None:
-        nn.init.zeros_(layer.spatial_attention_layer[0].weight)
-        nn.init.constant_(layer.spatial_attention_layer[0].bias, _logit(initial_spatial_gate))
-
-
 def _logit(value: float) -> float:
     return math.log(value / (1 - value))
 
 
-def _check_size(channels: int, reduction: int, num_rg: int, num_rcab: int) -> None:
-    if min(channels, reduction, num_rg, num_rcab) < 1 or reduction > channels:
+def _check(arguments: dict[str, Any], initial_channel_gate: float | None, initial_spatial_gate: float | None) -> None:
+    for name, known in (("upscale_factor", SCALES), ("attention", ATTENTIONS), ("activation", ACTIVATIONS)):
+        if arguments[name] not in known:
+            raise ValueError(f"{name}={arguments[name]!r} is unknown; known are {', '.join(map(repr, known))}")
+    sizes = {name: arguments[name] for name in PAPER_SIZE}
+    if min(sizes.values()) < 1 or sizes["reduction"] > sizes["channels"]:
+        shown = ", ".join(f"{name}={value}" for name, value in sizes.items())
+        raise ValueError(f"{shown}: all must be at least 1, and reduction at most channels")
+    for name, value in (("initial_channel_gate", initial_channel_gate), ("initial_spatial_gate", initial_spatial_gate)):
+        if value is not None and not 0 < value < 1:
+            raise ValueError(f"{name}={value} must be greater than 0 and less than 1")
+    if initial_spatial_gate is not None and arguments["attention"] == "channel":
         raise ValueError(
-            f"channels={channels}, reduction={reduction}, num_rg={num_rg}, num_rcab={num_rcab} can't be built: "
-            "all must be at least 1, and reduction at most channels"
+            f"initial_spatial_gate={initial_spatial_gate} contradicts attention='channel', which has no such gate: "
+            "set initial_spatial_gate=None, or choose CBAM"
         )

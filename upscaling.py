@@ -1,11 +1,12 @@
-"""A picture in, a larger picture out: exact, in little memory, and never with a damaged pixel.
+"""Upscale an image exactly, in little memory, and never to a damaged pixel.
 
     sr = upscale(network, lr)                          # uint8 or uint16, (h, w, 3) -> (scale h, scale w, 3)
 
-RCAN's attention averages over the whole picture, so a picture that is cut into tiles comes out different. Nearly all of the memory
-goes into the upsampler and the last convolution, though, which look at a few pixels only: large pictures are run through them in
-strips of rows, and through each pair of convolutions of the trunk likewise, while the averages are taken over the whole. The result
-is that of one piece, to the rounding of float32 (about 1e-6). `tile` is for what doesn't fit even so, and changes the result.
+RCAN's attention averages over the whole image, so cutting an image into tiles changes the result. But nearly all of the memory is
+used by the upsampler and the last convolution, which only look at a few pixels around: large images pass through them in strips of
+rows. They pass through each pair of convolutions in the trunk likewise, while the averages are taken over the whole image. The
+result equals that of one piece, to the rounding of float32 (about 1e-6). `tile` is for images that are too large even then, and
+changes the result.
 """
 
 import gc
@@ -22,6 +23,8 @@ import model
 from utils import PRECISIONS
 
 Strips = Iterator[tuple[int, Tensor]]  # (first row, (1, 3, rows, W)), from the top to the bottom, without gaps
+STRIP_BYTES = 384 * 2**20  # memory of the upsampler; larger strips are no faster
+MIN_ROWS = 4
 
 
 def upscale(
@@ -34,20 +37,20 @@ def upscale(
     tile: int = 0,
     tile_overlap: int = 32,
 ) -> NDArray:
-    """Upscale a picture.
+    """Upscale an image.
 
     Args:
         lr: uint8 or uint16, (h, w, 3); the result is of the same type, (scale h, scale w, 3).
-        self_ensemble: the mean over the eight turns of the picture (RCAN+).
-        precision: "fp32", "bf16" or "fp16"; a result that isn't finite is computed again in fp32, with a warning, and pictures
-            of 16 bits are always computed in fp32, as the others have 8 or 11.
-        strip_rows: LR rows that the upsampler is given at a time; None: as many as take about `STRIP_BYTES`. When memory runs
-            out, half as many are tried, with a warning, down to `MIN_ROWS`.
-        tile: side of the tiles, LR pixels, that the picture is cut into, blended over `tile_overlap` pixels; 0: none. Tiles have
-            averages of their own, so the result is not that of the whole picture.
+        self_ensemble: average over the eight flips and rotations of the image (RCAN+).
+        precision: "fp32", "bf16" or "fp16". If the output is not finite, the image is computed again in fp32, with a warning. Images
+            of 16 bits are always computed in fp32, because bf16 has 8 bits and fp16 11.
+        strip_rows: LR rows that the upsampler gets at a time; None: as many as take about `STRIP_BYTES`. When memory runs out, half
+            as many are tried, with a warning, down to `MIN_ROWS`.
+        tile: side of the tiles, in LR pixels, that the image is cut into, blended over `tile_overlap` pixels; 0: none. The attention
+            averages over each tile, so the result is not that of the whole image.
 
     Raises:
-        ValueError: the network's output is not finite, or the picture doesn't fit into memory.
+        ValueError: the network's output is not finite, or the image doesn't fit into memory.
     """
     precision = "fp32" if lr.dtype == np.uint16 else precision
     while True:
@@ -56,33 +59,26 @@ def upscale(
         except _NotFiniteError:
             if precision == "fp32":
                 raise ValueError(
-                    f"the network's output for a picture of {lr.shape[1]}x{lr.shape[0]} is not finite; are its weights damaged?"
+                    f"the network's output for an image of {lr.shape[1]}x{lr.shape[0]} is not finite; are its weights damaged?"
                 ) from None
-            warnings.warn(f"the output in {precision} is not finite; this picture is computed again in fp32", stacklevel=2)
+            warnings.warn(f"the output in {precision} is not finite; this image is computed again in fp32", stacklevel=2)
             precision = "fp32"
             continue
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if not known and not any(part in str(error).lower() for part in _NO_MEMORY):
                 raise
         height, width = (min(tile or side, side) for side in (max(lr.shape[:2]) if self_ensemble else lr.shape[0], lr.shape[1]))
         tried = min(height, strip_rows or _affordable_rows(network, max(height, width) if self_ensemble else width))
-        strip_rows = _fewer_rows(tried, lr.shape, tile)  # here, as the error kept the tensors alive
+        strip_rows = _fewer_rows(tried, lr.shape, tile)  # outside of `except`, as the error keeps tensors alive
 
 
-STRIP_BYTES = 384 * 2**20  # what the upsampler may take; also what larger strips no longer gain from
-MIN_ROWS = 4
+# Parts of what the CPU's allocator, CUDA, cuBLAS and cuDNN say; cuDNN's plans that lack memory fail with the last two
+_NO_MEMORY = ("allocate memory", "out of memory", "alloc_failed", "device_allocation_failed", "unable to find an engine")
 
 
 class _NotFiniteError(Exception):
     pass
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(known in text for known in _NO_MEMORY)
-
-
-_NO_MEMORY = ("allocate memory", "out of memory", "alloc_failed")  # of the CPU, of CUDA, of cuDNN and cuBLAS
 
 
 def _fewer_rows(rows: int, shape: tuple[int, ...], tile: int) -> int:
@@ -90,8 +86,8 @@ def _fewer_rows(rows: int, shape: tuple[int, ...], tile: int) -> int:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if rows <= MIN_ROWS:
-        advice = "smaller tiles" if tile else "tiles, as in --tile 256, which change the result a little, or a smaller picture"
-        raise ValueError(f"a picture of {shape[1]}x{shape[0]} doesn't fit into memory, even {rows} rows at a time: use {advice}")
+        advice = "smaller tiles" if tile else "tiles, as in --tile 256, which change the result a little, or a smaller image"
+        raise ValueError(f"an image of {shape[1]}x{shape[0]} doesn't fit into memory, even {rows} rows at a time: use {advice}")
     fewer = max(MIN_ROWS, rows // 2)
     warnings.warn(f"out of memory; trying again with {fewer} instead of {rows} rows at a time, to the same result", stacklevel=3)
     return fewer
@@ -114,7 +110,7 @@ def _upscale(
     pixels = torch.from_numpy(lr.astype(np.float32)).to(device).permute(2, 0, 1)[None] / peak  # (1, 3, h, w) in [0, 1]
 
     def strips(x: Tensor) -> Strips:
-        width = min(tile or x.shape[3], x.shape[3])  # of this turn of the picture
+        width = min(tile or x.shape[3], x.shape[3])  # in this orientation
         rows = strip_rows or _affordable_rows(network, width)
         parts = _tiles(network, x, rows, tile, tile_overlap) if 0 < tile < max(x.shape[2:]) else _strips(network, x, rows)
         for top, strip in parts:
@@ -124,25 +120,25 @@ def _upscale(
 
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
     with exact, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        return _mean_over_turns(strips, pixels, peak, lr.dtype) if self_ensemble else _collect(strips(pixels), pixels, peak, lr.dtype)
+        return _mean_of_orientations(strips, pixels, peak, lr.dtype) if self_ensemble else _collect(strips(pixels), pixels, peak, lr.dtype)
 
 
 def _collect(strips: Strips, pixels: Tensor, peak: int, dtype: np.dtype) -> NDArray:
-    sr = None
+    sr = np.empty(0, dtype)
     for top, strip in strips:
-        if sr is None:
+        if not sr.size:
             scale = strip.shape[3] // pixels.shape[3]
             sr = np.empty((pixels.shape[2] * scale, strip.shape[3], 3), dtype)
         sr[top : top + strip.shape[2]] = _round(strip[0].permute(1, 2, 0), peak).cpu().numpy()
     return sr
 
 
-def _mean_over_turns(strips: Callable[[Tensor], Strips], pixels: Tensor, peak: int, dtype: np.dtype) -> NDArray:
-    total = None
+def _mean_of_orientations(strips: Callable[[Tensor], Strips], pixels: Tensor, peak: int, dtype: np.dtype) -> NDArray:
+    total = np.empty(0, np.float32)
     for orientation in range(8):
-        turned = torch.rot90(pixels.flip(3) if orientation >= 4 else pixels, orientation % 4, (2, 3))
-        for top, strip in strips(turned):
-            if total is None:
+        oriented = torch.rot90(pixels.flip(3) if orientation >= 4 else pixels, orientation % 4, (2, 3))
+        for top, strip in strips(oriented):
+            if not total.size:
                 scale = strip.shape[3] // pixels.shape[3]
                 total = np.zeros((pixels.shape[2] * scale, pixels.shape[3] * scale, 3), np.float32)
             view = np.rot90(total[:, ::-1] if orientation >= 4 else total, orientation % 4)  # no copy
@@ -159,7 +155,7 @@ def _round(values: Tensor, peak: int) -> Tensor:
 
 
 def _strips(network: nn.Module, x: Tensor, rows: int) -> Strips:
-    """The picture that `network(x)` would give, of `rows` LR rows at a time."""
+    """The output of `network(x)`, from `rows` LR rows at a time."""
     if rows >= x.shape[2] or not isinstance(network, model.RCAN):
         yield 0, network(x)
         return
@@ -167,7 +163,7 @@ def _strips(network: nn.Module, x: Tensor, rows: int) -> Strips:
     for top, bottom in _cuts(x.shape[2], rows):
         above, below = max(0, top - _TAIL_REACH), min(x.shape[2], bottom + _TAIL_REACH)
         part = x[:, :, above:below]
-        deep = network.conv2(trunk[:, :, above:below]) + network.conv1(part - network.mean)  # the long skip, made again: one map less
+        deep = network.conv2(trunk[:, :, above:below]) + network.conv1(part - network.mean)  # conv1 again, to store one map less
         sr = network.conv3(network.upsampling(deep)) + network.mean
         scale = network.upscale_factor
         yield top * scale, sr[:, :, (top - above) * scale : (bottom - above) * scale]
@@ -177,35 +173,32 @@ _TAIL_REACH = 3  # LR rows: conv2 looks 1 far, the steps of the upsampler 1 + 1/
 
 
 def _trunk(network: model.RCAN, x: Tensor, rows: int) -> Tensor:
-    """What the residual groups give, with three feature maps at a time in memory."""
+    """The output of the residual groups, with three feature maps at a time in memory."""
     rows = rows * network.upscale_factor**2 // 2  # as many values as in a strip of the upsampler
     features = network.conv1(x - network.mean)  # (1, C, h, w)
     for group in network.trunk:
-        features = _group(group, features, rows)
+        start = features
+        *blocks, last = group.get_submodule("residual_group").children()
+        for block in blocks:
+            *convolutions, attention = block.get_submodule("residual_channel_attention_block").children()
+            assert isinstance(attention, model.ChannelAttention)
+            residual = _by_rows(nn.Sequential(*convolutions), features, rows, reach=2)
+            for gate in attention.gates:
+                residual.mul_(gate(residual))
+            features = residual.add_(features)
+        features = _by_rows(last, features, rows, reach=1).add_(start)
     return features
 
 
-def _group(group: model.ResidualGroup, x: Tensor, rows: int) -> Tensor:
-    *blocks, last = group.residual_group
-    features = x
-    for block in blocks:
-        *convolutions, attention = block.residual_channel_attention_block
-        residual = _by_rows(nn.Sequential(*convolutions), features, rows, reach=2)
-        for gate in attention.gates:
-            residual.mul_(gate(residual))
-        features = residual.add_(features)
-    return _by_rows(last, features, rows, reach=1).add_(x)
-
-
 def _by_rows(layers: nn.Module, x: Tensor, rows: int, reach: int) -> Tensor:
-    """`layers(x)`, which keep the size and look `reach` rows far, in strips of rows."""
+    """`layers(x)`, in strips of rows, for layers that keep the size and look `reach` rows far."""
     if rows >= x.shape[2]:
         return layers(x)
-    result = None
+    result = torch.empty(0)
     for top, bottom in _cuts(x.shape[2], rows):
         above, below = max(0, top - reach), min(x.shape[2], bottom + reach)
         strip = layers(x[:, :, above:below])[:, :, top - above : bottom - above]
-        if result is None:
+        if not result.numel():
             result = torch.empty_like(x, dtype=strip.dtype)
         result[:, :, top:bottom] = strip
     return result
@@ -220,16 +213,16 @@ def _cuts(size: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 def _tiles(network: nn.Module, x: Tensor, rows: int, tile: int, overlap: int) -> Strips:
-    """Tiles of their own, blended where they overlap; a row of tiles at a time."""
+    """Tiles that are computed independently and blended where they overlap; a row of tiles at a time."""
     height, width = (min(tile, size) for size in x.shape[2:])
     tops, lefts = _starts(x.shape[2], height, overlap), _starts(x.shape[3], width, overlap)
     band, scale = None, 1
     for index, top in enumerate(tops):
-        row = None
+        row = torch.empty(0)
         for column, left in enumerate(lefts):
             part = x[:, :, top : top + height, left : left + width]
             sr = torch.cat([strip.float() for _, strip in _strips(network, part, rows)], 2)
-            if row is None:
+            if not row.numel():
                 scale = sr.shape[2] // height
                 row = sr.new_zeros(1, 3, sr.shape[2], x.shape[3] * scale)
                 across = _blending(lefts, width, x.shape[3], overlap, scale).to(sr.device)  # (tiles, W)
@@ -245,7 +238,7 @@ def _tiles(network: nn.Module, x: Tensor, rows: int, tile: int, overlap: int) ->
 
 
 def _starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin, evenly spread, each overlapping the next by at least `overlap`."""
+    """First pixels of the tiles, evenly spread, each overlapping the next by at least `overlap`."""
     if size <= tile:
         return [0]
     count = 1 + -(-(size - tile) // (tile - overlap))
@@ -255,7 +248,7 @@ def _starts(size: int, tile: int, overlap: int) -> list[int]:
 def _blending(starts: list[int], tile: int, size: int, overlap: int, scale: int) -> Tensor:
     """(tiles, size * scale): the share of each tile in each pixel; they sum to 1.
 
-    A quarter of the overlap at each cut edge, where a tile lacks its surroundings, counts for nothing.
+    A quarter of the overlap at each cut edge, where a tile lacks its surroundings, is not used.
     """
     shares = torch.zeros(len(starts), size * scale, dtype=torch.float64)
     inside = torch.arange(1, tile * scale + 1, dtype=torch.float64)

@@ -162,7 +162,7 @@ def test_an_open_spatial_gate_is_a_constant_factor_that_learns():
     """A gate of 0.9 for each pixel: what is left is 0.9 times channel attention, to the last bit of the logarithm."""
     attention = model.RCAN(2, **TINY, attention="cbam_average", initial_spatial_gate=0.9).trunk[0].residual_group[1]
     attention, x = attention.residual_channel_attention_block[3], torch.randn(2, 8, 9, 11)
-    expected = 0.9 * x * attention.channel_attention_layer(x)
+    expected = 0.9 * x * attention.channel_gate(x)
     found = attention(x)
     assert found.detach().numpy() == approx(expected.detach().numpy(), rel=1e-5)
     found.square().sum().backward()
