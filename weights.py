@@ -333,20 +333,9 @@ def export_onnx(network: model.RCAN, path: str | os.PathLike) -> None:
         options |= {"dynamo": True, "opset_version": 18, "dynamic_shapes": (dimensions,), "external_data": False}
     else:  # whose new exporter fails on this network
         options |= {"dynamo": False, "opset_version": 17, "dynamic_axes": {"lr": free, "sr": free}}
-    with replacing(path) as part, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with files.replacing(path) as part, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         torch.onnx.export(plain, (torch.rand(2, 3, 12, 10),), str(part), **options)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:  # TODO(lead): files.replacing
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # The weights in a file
