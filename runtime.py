@@ -46,9 +46,14 @@ def run_script(main: Callable[[], None]) -> None:
     def terminate(number: int, _frame: object) -> None:
         sys.exit(128 + number)
 
+    together = False  # whether all processes end for the same reason
     try:
         with _signals(terminate, "SIGTERM", "SIGUSR1"):
-            _call_together(main)
+            main()
+        together = True
+    except SystemExit as end:
+        together = end.code == STOPPED
+        raise
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         sentence = None if debug else _sentence(error)
         if sentence is None:
@@ -59,20 +64,9 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-
-
-def _call_together(main: Callable[[], None]) -> None:
-    """Call main, then leave the process group. After a mistake in one process alone, leaving NCCL's could wait for ever."""
-    together = False
-    try:
-        main()
-        together = True
-    except SystemExit as end:
-        together = end.code == STOPPED
-        raise
     finally:
         started = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if started and (together or torch.distributed.get_backend() == "gloo"):
+        if started and (together or torch.distributed.get_backend() == "gloo"):  # NCCL would wait for processes that go on
             torch.distributed.destroy_process_group()
 
 

@@ -61,7 +61,11 @@ class Step(Protocol):
 
 
 class PixelStep:
-    """One update with L1 (the paper's equation 2). Nothing in it waits for the device."""
+    """One update with L1 (the paper's equation 2). Nothing in it waits for the device.
+
+    Skipping relies on a contract between GradScaler and fused Adam that PyTorch does not document, and that a test holds: where
+    `optimizer.found_inf` is 1, `step` leaves weights, moments and step count as they are.
+    """
 
     def __init__(self, config: Config, runtime: Runtime, precision: str) -> None:
         self.config = config
@@ -89,7 +93,8 @@ class PixelStep:
         loss = torch.stack(found).mean()
         norm = self.clip(self.generator, self.optimizer)
         skipped = self.guard(loss, [norm])
-        utils.update_unless(skipped, self.optimizer)
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]  # see the class
+        self.optimizer.step()
         self.scaler.update()
         self.scheduler.step()
         return {
@@ -108,8 +113,8 @@ class PixelStep:
         return nn.utils.clip_grad_norm_(network.parameters(), self.config.clip_grad_norm or math.inf).detach()
 
     def parts(self) -> dict[str, Any]:
-        optimizing = {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler, "guard": self.guard}
-        return {"state_dict": self.generator, **optimizing}
+        updating = {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler, "guard": self.guard}
+        return {"state_dict": self.generator, **updating}
 
     def check(self) -> list[str]:
         self.guard.check(self.config.max_skipped)
@@ -118,13 +123,11 @@ class PixelStep:
 
 # The loop
 
+BuildStep = Callable[[Any, Runtime, str], Step]  # from settings, runtime and precision
 
-def train(config: Config, build_step: Callable[[Any, Runtime, str], Step]) -> bool:
-    """Prepare and train a run, or only try it (`dry_run`); False if it was asked to stop before its end.
 
-    Raises:
-        ValueError, OSError: settings, data or checkpoint do not fit; raised before anything is changed.
-    """
+def train(config: Config, build_step: BuildStep) -> bool:
+    """Prepare and train a run, or only try it (`dry_run`); False if it was asked to stop before its end."""
     runtime = start_runtime()
     alone = runtime.is_main and not config.dry_run
     with files.FolderLock(config.experiment_dir) if alone else contextlib.nullcontext():
@@ -159,8 +162,8 @@ class Run:
             return True
         if self.runtime.is_main:
             files.remove_leftovers(config.experiment_dir)
-            settings = {**asdict(config), "provenance": provenance()}
-            files.write_text(config.experiment_dir / "config.json", json.dumps(settings, indent=2) + "\n")
+            settings = json.dumps({**asdict(config), "provenance": provenance()}, indent=2)
+            files.write_text(config.experiment_dir / "config.json", settings + "\n")
         started, poll, batches = time.perf_counter() - progress.seconds, Poll(self.runtime), self._batches()
         stopped = late = False
         with RunLog(config.experiment_dir, first, config.total_updates, self.runtime.is_main) as log, StopRequest() as stop:
@@ -190,8 +193,8 @@ class Run:
                 late = late and (self.runtime.world_size == 1 or self.saved != progress.update - 1)  # an answer from before that save
             poll.finish()
         end = "finished" if self.finished else "stopped and saved; run the same command again to resume"
-        best = f"; {progress.best_psnr:.3f} dB / {progress.best_ssim:.4f} in {checkpoints.BEST}, chosen by {config.best_metric}"
-        best = best if math.isfinite(progress.best_psnr) else ""
+        score = f"; {progress.best_psnr:.3f} dB / {progress.best_ssim:.4f} in {checkpoints.BEST}, chosen by {config.best_metric}"
+        best = score if math.isfinite(progress.best_psnr) else ""
         self.runtime.say(f"{end}: update {progress.update} after {progress.seconds / 60:.1f} min{best}\n{config.experiment_dir.absolute()}")
         return self.finished
 
@@ -200,8 +203,8 @@ class Run:
         return self.progress.update >= self.config.total_updates and not self._evaluation_due()
 
     def _evaluation_due(self) -> bool:
-        update = self.progress.update
-        return (update % self.config.eval_every == 0 or update >= self.config.total_updates) and self.progress.evaluated != update
+        update, last = self.progress.update, self.config.total_updates
+        return (update % self.config.eval_every == 0 or update >= last) and self.progress.evaluated != update
 
     def _save_is_late(self) -> bool:
         minutes = self.config.save_every_minutes
@@ -255,10 +258,9 @@ class Run:
         """
         config, progress = self.config, self.progress
         scores: dict[str, float] = {}
-        first = next(iter(self.validation.values()), None)
-        sheet = SampleSheet([pair.name for pair in first.pairs] if first else [], config.upscale_factor)
+        sheet = SampleSheet([pair.name for images in self.validation.values() for pair in images.pairs], config.upscale_factor)
         for name, images in self.validation.items():
-            enlarge, keep = partial(upscale, self.ema.network), sheet.add if images is first else None
+            enlarge, keep = partial(upscale, self.ema.network), None if scores else sheet.add  # of the first set
             found = utils.evaluate(enlarge, images, config.upscale_factor, self.runtime, on_image=keep, progress=name, stop=stop)
             if found is None:
                 return False
@@ -317,12 +319,8 @@ class Run:
         utils.restore_random_states(checkpoint["random_states"])
 
 
-def prepare(config: Config, build_step: Callable[[Any, Runtime, str], Step] | None = None, runtime: Runtime | None = None) -> Run:
-    """Everything before the first update: checkpoint, data, networks. Writes nothing but the cache of training images.
-
-    Raises:
-        ValueError, OSError: settings, data or checkpoint do not fit.
-    """
+def prepare(config: Config, build_step: BuildStep = PixelStep, runtime: Runtime | None = None) -> Run:
+    """Checkpoint, data and networks, ready for the first update. Only the cache is written. ValueError or OSError where they do not fit."""
     runtime = runtime or start_runtime()
     say = runtime.say
     checkpoints.check_folder(config.experiment_dir)
@@ -347,7 +345,7 @@ def prepare(config: Config, build_step: Callable[[Any, Runtime, str], Step] | No
     precision = found[1]["precision"] if found else utils.choose_precision(config.precision, runtime.device)
     scored = {name: [pair.name for pair in images.pairs] for name, images in validation.items()}
     runtime.check_agreement({"valid images": scored, "resolved precision": precision, **config.shared_settings()})
-    step = (build_step or PixelStep)(config, runtime, precision)
+    step = build_step(config, runtime, precision)
     if config.pretrained_model_path and not found:
         say(weights.transfer(step.generator, config.pretrained_model_path))
     build = partial(PairStore.open_or_build, sets, scale, degradation, config.cache_dir, sizes=sizes, progress=runtime.is_main)
@@ -363,8 +361,8 @@ def prepare(config: Config, build_step: Callable[[Any, Runtime, str], Step] | No
     say("settings: " + ", ".join(f"{name}={value!r}" for name, value in asdict(config).items()))
     say(", ".join(f"{name} {value}" for name, value in provenance().items()))
     say(f"{config.model_arch_name}: {size:.2f} M parameters, {precision}, on {runtime.device} in {runtime.world_size} process(es)")
-    updates, patches = f"updates {run.progress.update} to {config.total_updates}", f"GT {config.gt_patch_size}, LR {config.lr_patch_size}"
-    say(f"{updates} of {config.batch_size} patches, {patches}; writes to {config.experiment_dir}")
+    patches = f"{config.batch_size} patches, GT {config.gt_patch_size}, LR {config.lr_patch_size}"
+    say(f"updates {run.progress.update} to {config.total_updates} of {patches}; results in {config.experiment_dir}")
     return run
 
 

@@ -19,7 +19,6 @@ import checkpoints
 import losses
 import model
 import train
-import utils
 import weights
 from config_improved import ImprovedConfig, parse_improved
 from reports import SKIPPED
@@ -98,12 +97,14 @@ class AdversarialStep(train.PixelStep):
         norm = self.clip(self.generator, self.optimizer)
         if self.discriminator:
             skipped = self.guard(terms["total"], [judged["discriminator/gradient_norm"], norm])
-            utils.update_unless(skipped, self.optimizer, self.discriminator_optimizer)
             self.balance.update(judged["discriminator/accuracy"], skipped)
+            self.discriminator_optimizer.found_inf = skipped  # type: ignore[attr-defined]  # as in PixelStep
+            self.discriminator_optimizer.step()
             self.discriminator_scheduler.step()
         else:
             skipped = self.guard(terms["total"], [norm])
-            utils.update_unless(skipped, self.optimizer)
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        self.optimizer.step()
         self.scaler.update()
         self.scheduler.step()
         return {

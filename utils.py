@@ -118,17 +118,6 @@ class UpdateGuard(nn.Module):
             )
 
 
-def update_unless(skipped: Tensor, *optimizers: torch.optim.Adam) -> None:
-    """One update of each optimizer, or none if `skipped` is 1, without waiting for the device.
-
-    This relies on PyTorch's contract between GradScaler and fused optimizers, which is not documented: `found_inf` = 1 makes `step`
-    leave weights, moments and step count as they are. The tests hold it against the oldest and the newest supported PyTorch.
-    """
-    for optimizer in optimizers:
-        optimizer.found_inf = skipped  # type: ignore[attr-defined]
-        optimizer.step()
-
-
 # Evaluation
 
 
