@@ -60,7 +60,7 @@ class EMA:
         Args:
             skipped: 1 for a skipped update, which changes nothing; a tensor on the device, so nothing waits for the device.
         """
-        share = torch.full((), 1 - min(self.decay, (1 + update) / (10 + update)), device=next(network.parameters()).device)
+        share = torch.full((), 1.0 - min(self.decay, (1 + update) / (10 + update)), device=next(network.parameters()).device)
         if skipped is not None:
             share = share * (1 - skipped)
         for average, new in zip(self.network.parameters(), network.parameters(), strict=True):
