@@ -20,9 +20,8 @@ from torch import Tensor
 
 import files
 import weights
-from config import Config
+from config import BEST, LAST, Config
 
-LAST, BEST = "last.pth.tar", "best.pth.tar"
 _NEEDED = ("state_dict", "ema_state_dict", "optimizer", "scheduler", "scaler", "update", "meter", "data", "config", "random_states")
 _FROM_WEIGHTS = "to start from its weights, set pretrained_model_path"
 
@@ -195,7 +194,10 @@ def _check(config: Config, checkpoint: Any, path: Path) -> None:
     accepted = {"auto", before["resume"]} - {"never"}  # a run that was itself started from another file may go on
     if path.parent == config.experiment_dir and config.resume not in accepted:
         raise ValueError(f"resume={config.resume!r}, but {path} exists: set resume='auto' to resume it, or another exp_name")
-    free = config.free_at_resume(before)
+    free = set(config.FREE_AT_RESUME)
+    free |= {"epochs"} if config.schedule == "step" else set()  # the cosine depends on the end
+    free |= {"precision"} if config.precision == "auto" else set()
+    free -= {name for name in free if "random" in (before.get(name), now.get(name))}  # a random VGG19 is another loss
     changed = [name for name in now if name not in free and before[name] != now[name]]
     if changed:
         differences = "; ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed)

@@ -344,7 +344,8 @@ def prepare(config: Config, build_step: BuildStep = PixelStep, runtime: Runtime 
     utils.seed_everything(config.seed)
     precision = found[1]["precision"] if found else utils.choose_precision(config.precision, runtime.device)
     scored = {name: [pair.name for pair in images.pairs] for name, images in validation.items()}
-    runtime.check_agreement({"valid images": scored, "resolved precision": precision, **config.shared_settings()})
+    shared = {name: value for name, value in asdict(config).items() if name not in config.OF_ONE_MACHINE}
+    runtime.check_agreement({"script": type(config).__name__, "valid images": scored, "resolved precision": precision, **shared})
     step = build_step(config, runtime, precision)
     if config.pretrained_model_path and not found:
         say(weights.transfer(step.generator, config.pretrained_model_path))

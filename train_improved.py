@@ -185,6 +185,7 @@ def read_vgg19(config: ImprovedConfig, runtime: Runtime) -> dict[str, Tensor] | 
     if not config.perceptual_weight:
         return None
     losses.check_layers(config.perceptual_layers)
+    runtime.check_agreement({"random VGG19": config.vgg19_weights_path == "random"})  # the file may lie elsewhere on another machine
     if config.vgg19_weights_path == "random":
         runtime.say("warning: vgg19_weights_path='random': this VGG19 was never trained; use it for tests only")
     else:
