@@ -197,7 +197,8 @@ def _check(config: Config, checkpoint: Any, path: Path) -> None:
     free = set(config.FREE_AT_RESUME)
     free |= {"epochs"} if config.schedule == "step" else set()  # the cosine depends on the end
     free |= {"precision"} if config.precision == "auto" else set()
-    free -= {name for name in free if "random" in (before.get(name), now.get(name))}  # a random VGG19 is another loss
+    if "random" in (before.get("vgg19_weights_path"), now.get("vgg19_weights_path")):
+        free -= {"vgg19_weights_path"}  # a random VGG19 is another loss
     changed = [name for name in now if name not in free and before[name] != now[name]]
     if changed:
         differences = "; ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed)
