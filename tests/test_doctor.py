@@ -121,10 +121,15 @@ def test_weights_whose_output_is_not_finite_fail_testing(place, examine):
     assert examine()[1] == {"testing"}
 
 
-@pytest.mark.parametrize(("free", "failing"), [(10**6, {"training", "testing"}), (2**25, {"training"}), (2**31, set())])
-def test_too_little_room_is_a_problem(monkeypatch, examine, free, failing):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=free))
-    assert examine()[1] == failing
+@pytest.mark.parametrize(
+    ("results", "cache", "failing"),
+    [(10**6, 10**6, {"training", "testing"}), (2**25, 2**31, {"training"}), (2**31, 36_479, {"training"}), (2**31, 36_480, set())],
+)
+def test_too_little_room_is_a_problem(place, monkeypatch, examine, results, cache, failing):
+    """Results want 1 GiB in training; the cache holds 64x72 + 80x64 pixels, and a quarter as many of LR, 3 bytes each: 36,480."""
+    (place / "cache").mkdir()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=cache if path.name == "cache" else results))
+    assert examine("--cache_dir", "cache")[1] == failing
 
 
 def test_packages_that_are_missing_or_old_are_named(monkeypatch):

@@ -178,8 +178,9 @@ def test_a_mistake_ends_with_its_name_before_anything_is_scored(place, score, ar
     data = (place / "data/Broken/GT/b.png").read_bytes()
     (place / "data/Broken/GT/b.png").write_bytes(data[: len(data) // 2])
     before = sorted(place.rglob("*"))
-    code, _, err = score(*arguments)
+    code, out, err = score(*arguments)
     assert code == 1
+    assert not out
     assert err.splitlines()[-1].startswith("error")
     assert all(name in err.splitlines()[-1] for name in names)
     assert sorted(place.rglob("*")) == before
