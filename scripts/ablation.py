@@ -41,7 +41,7 @@ RECIPE = (
     "--schedule cosine --adam_betas 0.9 0.99 --clip_grad_norm 0.1 --compile True --eval_every 500 --save_every 500 --log_every 50"
 )
 FROM_L1 = "--learning_rate 1e-4 --warmup_updates 20 --steps_per_epoch {more_updates} --pretrained_model_path {base}"
-COMPOSITE = (  # the lines of ImprovedConfig are set back to those of Config, so that the loss alone differs
+COMPOSITE = (  # undoes the lines of ImprovedConfig: only the loss may differ from train.py
     "--preset psnr --attention None --initial_spatial_gate None --use_composite_loss True --best_metric newest "
     "--discriminator_channels 32 --discriminator_learning_rate 1e-4"
 )
@@ -106,7 +106,7 @@ def commands(config: AblationConfig, variant: str, loss: str, seed: int) -> Iter
 
 
 def perform(words: Sequence[str]) -> int:
-    """Run a command and return its exit code. A request to stop is passed on, as a training then saves itself, and ends this script."""
+    """Run a command and return its exit code; at a request to stop, pass it on, as a training then saves itself, and leave."""
     print(f"$ {shlex.join(words)}", flush=True)
     with StopRequest() as stop, subprocess.Popen(words) as process:
         while (code := process.poll()) is None and not stop:
