@@ -3,16 +3,16 @@
     python test.py --model_path results/rcan_x4/best.pth.tar --data_root data --test_sets Set5 Set14 B100
     python test.py --model_path x2.pt x3.pt x4.pt x8.pt --test_sets Set5 Set14 B100 Urban100 Manga109 --self_ensemble True
 
-The network is rebuilt from the file alone; the settings of its training need not be given. Pictures, metrics.json, metrics.csv and
-report.md go to results/<exp_name>/test, named after the weights where exp_name is empty; several weights have a folder each, and
-results/table/test for all together. Scores are those of the pictures as written, by the papers' protocol.
+The file alone tells the network's size; no setting of its training is needed. Images, metrics.json, metrics.csv and report.md go to
+results/<exp_name>/test, named after the weights where exp_name is empty. Several weights have a folder each, and results/table/test
+holds the scores of all. Scores are those of the images as written, by the papers' protocol.
 """
 
 import csv
 import io
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ import model
 import utils
 import weights
 from config import Config, parse, weights_name
-from reports import provenance
+from reports import markdown_table, provenance
 from runtime import Runtime, run_script, start_runtime
 from upscaling import upscale
 from utils import Scores
@@ -36,7 +36,7 @@ from utils import Scores
 
 @dataclass(frozen=True)
 class Result:
-    """What one file of weights scored: {set: scores} for each method, "network" being that of the written pictures."""
+    """The scores of one file of weights, {set: scores} for each method; "network" is that of the written images."""
 
     name: str
     upscale_factor: int
@@ -49,14 +49,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Score every file of `model_path` on `test_sets`."""
     config = parse(Config, "test", argv)
     runtime = start_runtime()
-    networks = {path: weights.load(path) for path in config.weights_paths}  # before anything is scored, so that a mistake costs no time
+    networks = {path: weights.load(path) for path in config.weights_paths}  # all weights and sets first: a mistake costs no time
     names = [weights_name(path) for path in networks]
     if len(set(names)) < len(names) or len(networks) < len(config.weights_paths):
-        raise ValueError(f"model_path={config.model_path!r}: two would be filed under one name ({', '.join(names)}); rename one")
-    present, absent = find_sets(config)
-    first = runtime.local_rank == 0
-    sets = {path: dataset.open_test_sets(config.data_root, present, network.upscale_factor, config.degradation, decode=first)
-            for path, network in networks.items()}  # fmt: skip
+        raise ValueError(f"model_path={config.model_path!r}: two have the same name in results ({', '.join(names)}); rename one")
+    if not config.test_sets:
+        raise ValueError("test_sets is empty: name at least one, as in --test_sets Set5 Set14")
+    absent = dataset.absent_sets(config.data_root, config.test_sets)
+    present = [name for name in config.test_sets if name not in absent] or config.test_sets  # opening these raises the error
+    sets = {
+        path: dataset.open_test_sets(config.data_root, present, network.upscale_factor, config.degradation, decode=runtime.local_rank == 0)
+        for path, network in networks.items()
+    }
     if runtime.is_main:
         for path in networks:
             files.check_folder(config.test_dir(path))
@@ -73,20 +77,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if len(results) > 1:
             write(config.test_dir(), results, absent, config)
         print(report(results, absent, config))
-        print(f"\n{'pictures and ' if config.save_images else ''}metrics: {config.test_dir().absolute()}")
-
-
-def find_sets(config: Config) -> tuple[list[str], list[str]]:
-    """The sets to score, and those that are absent; none at all is an error."""
-    if not config.test_sets:
-        raise ValueError("test_sets is empty: name at least one, as in --test_sets Set5 Set14")
-    absent = dataset.absent_sets(config.data_root, config.test_sets)
-    present = [name for name in config.test_sets if name not in absent]
-    return (present, absent) if present else (list(config.test_sets), [])  # opening them says what is wrong
+        print(f"\n{'images and ' if config.save_images else ''}metrics: {config.test_dir().absolute()}")
 
 
 def warn(networks: Mapping[Path, model.RCAN], absent: Sequence[str], config: Config) -> None:
-    """Say what makes the scores other than a person may expect."""
+    """Name what a person may not expect of the scores."""
     for name in absent:
         print(f"warning: {Path(config.data_root) / name}: no such folder; {name} is not scored", file=sys.stderr)
     for path, network in networks.items():
@@ -99,32 +94,34 @@ def warn(networks: Mapping[Path, model.RCAN], absent: Sequence[str], config: Con
 
 
 def score(path: Path, network: model.RCAN, sets: Mapping[str, dataset.EvaluationSet], config: Config, runtime: Runtime) -> Result:
-    """Upscale and score every picture of every set."""
+    """Upscale and score every image of every set by each method."""
     scale = network.upscale_factor
-    methods = {"bicubic": partial(imgproc.imresize, scale=scale)}
+    methods: dict[str, Callable[[imgproc.RGB], imgproc.RGB]] = {"bicubic": partial(imgproc.imresize, scale=scale)}
     if config.self_ensemble:
         methods["plain"] = partial(upscale, network)
     methods["network"] = partial(upscale, network, self_ensemble=config.self_ensemble)
     scores: dict[str, dict[str, Scores]] = {method: {} for method in methods}
-    upscale(network, np.zeros((32, 32, 3), np.uint8))  # so that no picture's time holds what is done once
+    upscale(network, np.zeros((32, 32, 3), np.uint8))  # the first call is slower, and no image's time shall hold that
     utils.reset_peak_memory(runtime.device)
     for name, images in sets.items():
+        folder = config.test_dir(path) / name
+
+        def save(image_name: str, _lr: imgproc.RGB, sr: imgproc.RGB, _gt: imgproc.RGB, folder: Path = folder) -> None:
+            image_files.write_image(folder / f"{image_name}.png", sr)
+
         for method, upscaler in methods.items():
-            written = config.save_images and method == "network"
-            save = partial(_write_picture, config.test_dir(path) / name) if written else None
+            on_image = save if config.save_images and method == "network" else None
             label = {"bicubic": "", "plain": f"{name}, plain"}.get(method, name)
-            scores[method][name] = utils.evaluate(upscaler, images, scale, runtime, on_image=save, progress=label)
+            found = utils.evaluate(upscaler, images, scale, runtime, on_image=on_image, progress=label)
+            assert found is not None, "evaluation ends early only at a StopRequest"
+            scores[method][name] = found
     return Result(weights_name(path), scale, weights.describe(network), scores, utils.peak_memory(runtime.device))
-
-
-def _write_picture(folder: Path, name: str, _lr: imgproc.RGB, sr: imgproc.RGB, _gt: imgproc.RGB) -> None:
-    image_files.write_image(folder / f"{name}.png", sr)
 
 
 # Reports
 
 
-# As published in the paper's tables 2 and 3 for BI, PSNR in dB and SSIM; that of RCAN+ at x4
+# The paper's tables 2 and 3, BI: PSNR in dB and SSIM on each of PAPER_SETS; RCAN+ at x4 only
 PAPER = {
     2: {
         "bicubic": "33.66 / .9299, 30.24 / .8688, 29.56 / .8431, 26.88 / .8403, 30.80 / .9339",
@@ -149,20 +146,20 @@ _SAME_SET = {"BSD100": "B100", "BSDS100": "B100"}
 
 
 def report(results: Sequence[Result], absent: Sequence[str], config: Config) -> str:
-    """The scores as Markdown: a table for each scale, with the protocol that they were made by."""
+    """The scores as Markdown: the protocol, and a table for each scale."""
     protocol = utils.PROTOCOL.format(scale="scale" if len(results) > 1 else results[0].upscale_factor)
-    ensemble = "+ is the self-ensemble of 8, whose pictures are written" if config.self_ensemble else "no self-ensemble"
-    parts = [f"{config.degradation}: {protocol}, whole pictures, fp32, {ensemble}"]
-    parts += [_table([result for result in results if result.upscale_factor == scale], scale, config)
-              for scale in dict.fromkeys(result.upscale_factor for result in results)]  # fmt: skip
+    ensemble = "+ is the self-ensemble of 8, whose images are written" if config.self_ensemble else "no self-ensemble"
+    parts = [f"{config.degradation}: {protocol}, whole images, fp32, {ensemble}"]
+    for scale in dict.fromkeys(result.upscale_factor for result in results):
+        parts.append(table_of([result for result in results if result.upscale_factor == scale], scale, config))
     if absent:
         parts.append(f"Not scored, as there is no such folder in {config.data_root}: {', '.join(absent)}.")
     return "\n\n".join(parts)
 
 
-def _table(results: Sequence[Result], scale: int, config: Config) -> str:
+def table_of(results: Sequence[Result], scale: int, config: Config) -> str:
     sets = list(results[0].scores["network"])
-    rows = [[f"x{scale}, {config.degradation}", *sets], ["---"] * (1 + len(sets))]
+    rows = [[f"x{scale}, {config.degradation}", *sets]]
     rows.append(["bicubic", *(_cell(results[0].scores["bicubic"][name]) for name in sets)])
     for result in results:
         if "plain" in result.scores:
@@ -173,61 +170,57 @@ def _table(results: Sequence[Result], scale: int, config: Config) -> str:
         if result.peak_memory is not None:
             rows.append([f"{label}: peak memory, GiB", f"{result.peak_memory:.2f}", *[""] * (len(sets) - 1)])
     if config.degradation == "BI" and any(_SAME_SET.get(name, name) in PAPER_SETS for name in sets):
-        rows += [[f"*paper: {method}*", *_published(row, sets)] for method, row in PAPER[scale].items()
-                 if config.self_ensemble or method != "RCAN+"]  # fmt: skip
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        for method, text in PAPER[scale].items():
+            if config.self_ensemble or method != "RCAN+":
+                known = dict(zip(PAPER_SETS, text.split(", "), strict=True))
+                rows.append([f"*paper: {method}*", *(known.get(_SAME_SET.get(name, name), "–") for name in sets)])
+    return markdown_table(rows)
 
 
 def _cell(scores: Scores) -> str:
     return f"{scores['psnr']:.2f} / {scores['ssim']:.4f}".replace("/ 0.", "/ .")
 
 
-def _published(row: str, sets: Sequence[str]) -> list[str]:
-    known = dict(zip(PAPER_SETS, row.split(", "), strict=True))
-    return [known.get(_SAME_SET.get(name, name), "–") for name in sets]
-
-
 def write(folder: Path, results: Sequence[Result], absent: Sequence[str], config: Config) -> None:
-    """metrics.json, the same by picture in metrics.csv, and report.md."""
-    metrics: dict[str, Any] = {result.name: _metrics(result, config) for result in results}
+    """Write metrics.json, metrics.csv with a row for each image, and report.md."""
+    metrics = {result.name: metrics_of(result, config) for result in results}
     files.write_text(folder / "metrics.json", json.dumps(metrics if len(results) > 1 else metrics[results[0].name], indent=2) + "\n")
-    files.write_text(folder / "metrics.csv", _rows(results, config))
-    about = "\n".join(f"- {name}: {value}" for name, value in provenance().items())
-    descriptions = "\n".join(f"- {result.description}" for result in results)
-    files.write_text(folder / "report.md", f"{report(results, absent, config)}\n\n{descriptions}\n{about}\n")
+    files.write_text(folder / "metrics.csv", rows_of(results, config))
+    lines = [*(result.description for result in results), *(f"{name}: {value}" for name, value in provenance().items())]
+    files.write_text(folder / "report.md", "\n".join([report(results, absent, config), "", *(f"- {line}" for line in lines), ""]))
 
 
-def _metrics(result: Result, config: Config) -> dict[str, Any]:
+def metrics_of(result: Result, config: Config) -> dict[str, Any]:
+    """{set: the scores of the written images, the protocol, and the scores of the other methods}"""
     protocol = {
         "upscale_factor": result.upscale_factor,
         "degradation": config.degradation,
         "self_ensemble": config.self_ensemble,
         "peak_memory_gib": result.peak_memory,
     }
-    others = [method for method in result.scores if method != "network"]
+    others = {method: sets for method, sets in result.scores.items() if method != "network"}
     return {
-        name: {**scores, **protocol, **{method: result.scores[method][name] for method in others}}
+        name: {**scores, **protocol, **{method: sets[name] for method, sets in others.items()}}
         for name, scores in result.scores["network"].items()
     }
 
 
-def _rows(results: Sequence[Result], config: Config) -> str:
-    """One row a picture and one for the mean; the columns of the other methods follow those of the written pictures."""
+def rows_of(results: Sequence[Result], config: Config) -> str:
+    """As CSV, a row for each image and one for the mean; the columns of the other methods follow those of the written images."""
     text = io.StringIO()
     writer = csv.writer(text)
-    others = [method for method in results[0].scores if method != "network"]
-    columns = [f"{method}_{metric}" for method in others for metric in ("psnr", "ssim")]
+    methods = ["network", *(method for method in results[0].scores if method != "network")]
+    columns = [f"{method}_{metric}" for method in methods[1:] for metric in ("psnr", "ssim")]
     writer.writerow(("weights", "upscale_factor", "degradation", "self_ensemble", "set", "image", "psnr", "ssim", *columns, "seconds"))
     for result in results:
+        protocol = (result.name, result.upscale_factor, config.degradation, config.self_ensemble)
         for name, scores in result.scores["network"].items():
-            for image in (*scores["images"], "mean"):
-                found = [result.scores[method][name] for method in ("network", *others)]
-                found = [score if image == "mean" else score["images"][image] for score in found]
-                values = [value for score in found for value in (score["psnr"], score["ssim"])]
-                seconds = scores["seconds"] if image == "mean" else ""
-                writer.writerow(
-                    (result.name, result.upscale_factor, config.degradation, config.self_ensemble, name, image, *values, seconds)
-                )
+            of_set = [result.scores[method][name] for method in methods]
+            for image in scores["images"]:
+                values = [found["images"][image][metric] for found in of_set for metric in ("psnr", "ssim")]
+                writer.writerow((*protocol, name, image, *values, ""))
+            means = [found[metric] for found in of_set for metric in ("psnr", "ssim")]
+            writer.writerow((*protocol, name, "mean", *means, scores["seconds"]))
     return text.getvalue()
 
 

@@ -39,8 +39,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dataset
 import files
 import image_files
-from losses import VGG19_ADDRESS  # TODO(lead): weights.VGG19
 from runtime import run_script
+from weights import VGG19
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ ITEMS = {
         f"https://openmmlab.oss-cn-hangzhou.aliyuncs.com/datasets/OST_dataset.zip, {COPIES}/OST or {SHARED_FOLDERS}"),
     "Manga109": Item(folders=(Folder("Manga109/GT", 109, "*"),), by_hand="http://www.manga109.org/en/, on request"),
     "DIV8K": Item(folders=(Folder("DIV8K/GT", None, "*"),), by_hand=f"its authors, on request, or {SHARED_FOLDERS}"),
-    "vgg19": Item(VGG19_ADDRESS, "sha256:dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44", 574_673_361),
+    "vgg19": Item(VGG19.address, "sha256:dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44", 574_673_361),
     "rcan_x2": _rcan(2), "rcan_x3": _rcan(3), "rcan_x4": _rcan(4), "rcan_x8": _rcan(8),
     "rcan_native": Item(by_hand="https://drive.google.com/drive/folders/17ju2HN7Y6pyPK2CC_AqnAfTOe9_3hCQ8 or "  # keys as in model.RCAN
         "https://pan.baidu.com/s/1yNs4rqIb004-NKEdKBJtYg (code llot)"),
@@ -202,7 +202,7 @@ def _get(config: DownloadConfig, root: Path) -> list[str]:
             published = path.name == item.file or not missing  # another archive of the set may come from elsewhere
             note = _check(path, item if published else Item())
             if not missing:
-                with replacing(weights) as part:
+                with files.replacing(weights) as part:
                     shutil.copyfile(path, part)
         elif item.url:
             path = root / "downloads" / item.file if missing else weights
@@ -387,8 +387,8 @@ def unpack(path: Path, folders: Sequence[Folder], root: Path) -> None:
             root.mkdir(parents=True, exist_ok=True)
             _check_room(root, size, f"the images of {path}")
             for folder in folders:
-                remove_leftovers((root / folder.path).parent)
-            parts = {folder: stack.enter_context(replacing(root / folder.path)) for folder in folders}
+                files.remove_leftovers((root / folder.path).parent)
+            parts = {folder: stack.enter_context(files.replacing(root / folder.path)) for folder in folders}
             for part in parts.values():
                 part.mkdir()
             for (folder, _), (name, open_member) in tqdm(plan.items(), f"unpacking {path.name}", unit="image", leave=False):
@@ -440,26 +440,6 @@ def _members(archive: zipfile.ZipFile | tarfile.TarFile) -> Iterator[tuple[str, 
             kind = stat.S_IFMT(info.external_attr >> 16)  # zero where the archive was not made on Unix
             is_plain = kind in (0, stat.S_IFREG) and not info.is_dir() and not info.flag_bits & 1  # the flag of encrypted members
             yield info.orig_filename, info.file_size, is_plain, partial(archive.open, info)  # zipfile mends its own `filename`
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:  # TODO(lead): files.replacing
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with files.made_folder(path.parent):
-        try:
-            yield part
-            os.replace(part, path)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-            part.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: Path) -> None:  # TODO(lead): files.remove_leftovers
-    for part in folder.rglob(".*.part"):
-        if part.is_dir():
-            shutil.rmtree(part)
-        else:
-            part.unlink()
 
 
 if __name__ == "__main__":

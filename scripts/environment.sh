@@ -6,7 +6,7 @@ prepare_environment() { # $1: the requirements file
   local python="${PYTHON:-python3}" venv="${VENV:-.venv}"
   local stamp="$venv/installed-${1%.txt}"
   if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-    echo "error: Python 3.10 or newer is needed, but '$python' is missing or older; set PYTHON to one, as in PYTHON=python3.12 bash $0" >&2
+    echo "error: '$python' is missing or older than Python 3.10; set PYTHON to a newer one, as in PYTHON=python3.12 bash $0" >&2
     exit 1
   fi
   if [ ! -x "$venv/bin/python" ]; then

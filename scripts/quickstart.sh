@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job on photographs that come with scikit-image, from nothing but Python: train, test, upscale, compare.
+# Enlarge, train, score and compare, on photographs that come with scikit-image, from nothing but Python:
 #   bash scripts/quickstart.sh            about 2 to 4 minutes on 2 CPU cores, after the installation
 #   bash scripts/quickstart.sh --short    about 1 minute
 set -euo pipefail
@@ -13,18 +13,17 @@ esac
 prepare_environment requirements.txt
 
 results=results/$name
-echo "== 1 of 5: photographs"
 python scripts/demo_data.py --output data
-echo "== 2 of 5: train a small RCAN x4, $updates updates"
+echo "== 1 of 4: enlarge a photograph with this repository's weights"
+python inference.py --model_path assets/weights/rcan_light_x4.pth.tar --input data/DemoTest/GT/chelsea.png --output $results/enlarged
+echo "== 2 of 4: train a small RCAN x4, $updates updates"
 python train.py --model_arch_name rcan_light_x4 --num_rg 2 --num_rcab 2 --exp_name $name \
   --train_sets DemoTrain --valid_sets DemoTest --lr_patch_size 24 --batch_size 8 --small_images skip \
   --schedule cosine --learning_rate 2e-3 --warmup_updates 30 --clip_grad_norm 0.1 --ema_decay 0.99 \
   --epochs 1 --steps_per_epoch $updates --log_every 20 --eval_every $updates --save_every 200
-echo "== 3 of 5: score it on photographs that it has not seen"
+echo "== 3 of 4: score it on photographs that it has not seen"
 python test.py --model_path $results/best.pth.tar --test_sets DemoTest
-echo "== 4 of 5: upscale a photograph"
-python inference.py --model_path $results/best.pth.tar --input data/DemoTest/GT/chelsea.png --output $results/upscaled
-echo "== 5 of 5: compare"
+echo "== 4 of 4: compare"
 python scripts/figure.py --output $results/comparison.png --sr_name "this RCAN" \
   --gt data/DemoTest/GT/{astronaut,chelsea,coffee}.png --sr $results/test/DemoTest/{astronaut,chelsea,coffee}.png
 echo
@@ -38,7 +37,7 @@ print(f"bicubic reaches {scores['bicubic']['psnr']:.2f} dB: {gain:+.2f} dB.")
 if gain < float(sys.argv[2]):
     sys.exit(f"error: {sys.argv[2]} dB more than bicubic were expected; please report this with results/*/log.jsonl")
 END
+echo "  enlarged $PWD/$results/enlarged/chelsea.png (from 451x300 to 1804x1200)"
 echo "  compare  $PWD/$results/comparison.png"
 echo "  weights  $PWD/$results/best.pth.tar"
-echo "  upscaled $PWD/$results/upscaled/chelsea.png (from 451x300 to 1804x1200)"
-echo "Next: your own pictures, python inference.py --input FOLDER --output FOLDER; your own training, edit config.py."
+echo "Next: your own images, python inference.py --input FOLDER --output FOLDER; your own training, edit config.py."

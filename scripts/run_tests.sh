@@ -5,4 +5,6 @@ source "$(dirname "$0")/environment.sh"
 prepare_environment requirements-dev.txt
 
 ruff check .
-python -m pytest "$@"
+ruff format --check .
+mypy
+python -m pytest -m "" -n 2 "$@"

@@ -21,7 +21,7 @@ source "${VENV:-.venv}/bin/activate"
 script=train.py
 case "${1:-}" in *.py) script=$1; shift ;; esac
 first=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?is set by sbatch: run this with sbatch}" | head -n 1)
-port=$((20000 + SLURM_JOB_ID % 20000)) # so that two jobs on one node don't meet
+port=$((20000 + SLURM_JOB_ID % 20000)) # two jobs on one node need two ports
 
 # On each node. torchrun hands TERM on to the training and waits 30 seconds for it; it doesn't know USR1, which would end it
 task='
