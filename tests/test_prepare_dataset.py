@@ -245,7 +245,7 @@ def test_an_interrupted_run_goes_on(source, output, tmp_path, monkeypatch, more)
     def interrupted(path, *arguments, **options):
         count.append(path)
         if len(count) >= 4:  # the manifest and two images are written
-            (output / f".{path.name}.1.part").write_bytes(b"half")  # as after a kill
+            (output / ".half.png.1.part").write_bytes(b"half")  # as after a kill
             raise KeyboardInterrupt
         write(path, *arguments, **options)
 
