@@ -25,3 +25,13 @@ def data_root() -> Path:
 def _same_start():
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # one is enough, as the networks are tiny
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, help="kills of the kill proof, over all kinds of training (tests/test_kills.py; default 2)")
+    parser.addoption("--mutations", type=int, default=300, help="damaged image files to read (tests/test_image_files.py)")
+
+
+def pytest_configure(config):
+    if config.getoption("--kills") is not None and config.getoption("-m") == "not slow":
+        config.option.markexpr = ""  # whoever asks for kills means the slow test
