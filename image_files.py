@@ -144,15 +144,18 @@ def write_image(path: str | os.PathLike, image: RGB) -> None:
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise ValueError(f"{path}: image is {image.dtype} {image.shape}; it must be uint8 (H, W, 3)")
-    write_photo(path, Photo(image), quality=100, fast=True)
+    if Path(path).suffix.lower() == ".png":  # by OpenCV, which takes a seventh of Pillow's time for files a fifth larger
+        encoded = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
+        files.write_whole(Path(path), encoded, durable=False)
+    else:
+        write_photo(path, Photo(image), quality=100)
 
 
-def write_photo(path: str | os.PathLike, photo: Photo, quality: int = 95, fast: bool = False) -> None:
+def write_photo(path: str | os.PathLike, photo: Photo, quality: int = 95) -> None:
     """Write a photo in the format of the path's ending; folders are made, and no half file is left.
 
     Args:
         quality: of JPEG and WebP, 1 to 100; at 100, WebP is lossless.
-        fast: compress PNG of 8 bits in a third of the time, to files that are some per cent larger.
 
     Raises:
         ValueError: the ending is unknown, or the format can't hold the photo.
@@ -160,8 +163,8 @@ def write_photo(path: str | os.PathLike, photo: Photo, quality: int = 95, fast: 
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: unknown ending {path.suffix!r}; known are {', '.join(FORMATS)}")
-    kind = FORMATS[path.suffix.lower()]
     check_writable(photo, path.suffix, photo.pixels.shape[:2])
+    kind = FORMATS[path.suffix.lower()]
     colours = photo.pixels[:, :, :1] if photo.gray else photo.pixels
     values = colours if photo.alpha is None else np.concatenate([colours, photo.alpha[:, :, None]], 2)  # (H, W, 1 to 4)
     if kind == "TIFF":
@@ -169,7 +172,7 @@ def write_photo(path: str | os.PathLike, photo: Photo, quality: int = 95, fast: 
     elif photo.bits == 16:
         encoded = _encode_deep_png(values, photo)
     else:
-        encoded = _encode_with_pillow(values, photo, kind, quality, fast)
+        encoded = _encode_with_pillow(values, photo, kind, quality)
     files.write_whole(path, encoded, durable=False)
 
 
@@ -244,12 +247,7 @@ _PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")  # others
 
 
 def _open_with_pillow(file: BinaryIO) -> Image.Image:
-    """An image that is not decoded yet, of a plausible size.
-
-    Raises:
-        UnidentifiedImageError: Pillow doesn't know it.
-        _RefusedError, or one of `_DECODING_ERRORS`: see `_check_size`.
-    """
+    """An image of plausible size, not decoded yet. Raises UnidentifiedImageError where Pillow doesn't know it."""
     file.seek(0)
     try:
         image = Image.open(file, formats=_PILLOW_FORMATS)
@@ -265,7 +263,7 @@ def _open_with_pillow(file: BinaryIO) -> Image.Image:
 
 
 def _open_with_tifffile(file: BinaryIO) -> tifffile.TiffPage:
-    """The first page of a TIFF, not decoded yet; raises as `_open_with_pillow`."""
+    """The first page of a TIFF, as `_open_with_pillow`."""
     file.seek(0)
     if file.read(4) not in TiffImagePlugin.PREFIXES:
         raise UnidentifiedImageError
@@ -332,7 +330,7 @@ def _decode(file: BinaryIO, orient: bool) -> tuple[Image.Image | Photo, int]:
     return image, orientation
 
 
-_ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+_ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations with height and width swapped
 
 
 def _rotate(values: NDArray, orientation: int) -> NDArray:
@@ -343,7 +341,7 @@ def _rotate(values: NDArray, orientation: int) -> NDArray:
 
 
 def _strips(height: int, width: int) -> Iterator[slice]:
-    """Slices of rows, as whole copies by Pillow and NumPy would take 14 bytes a pixel."""
+    """Slices of rows: copies of a whole image by Pillow and NumPy would take 14 bytes a pixel."""
     step = max(1, 2**20 // width)
     return (slice(top, min(top + step, height)) for top in range(0, height, step))
 
@@ -384,9 +382,8 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     sources += [ImageCms.createProfile("LAB")] if image.mode == "LAB" else []
     for source in sources:
         with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):  # damaged, or for another kind of image
-            converted = ImageCms.profileToProfile(image, ImageCms.ImageCmsProfile(source), ImageCms.createProfile("sRGB"), outputMode="RGB")
-            assert converted is not None
-            return converted
+            transform = ImageCms.buildTransform(ImageCms.ImageCmsProfile(source), ImageCms.createProfile("sRGB"), image.mode, "RGB")
+            return transform.apply(image)
     return image.convert("RGB")
 
 
@@ -485,13 +482,11 @@ _TIFF_KINDS = (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.MINISWHITE,
 # Encoding
 
 
-def _encode_with_pillow(values: NDArray, photo: Photo, kind: str, quality: int, fast: bool) -> bytes:
+def _encode_with_pillow(values: NDArray, photo: Photo, kind: str, quality: int) -> bytes:
     image = Image.fromarray(np.ascontiguousarray(values[:, :, 0] if values.shape[2] == 1 else values))  # L, LA, RGB or RGBA
     options: dict[str, Any] = {"icc_profile": photo.icc_profile} if photo.icc_profile and _holds_profile(photo, kind) else {}
     if photo.dpi and kind != "WEBP":
         options["dpi"] = photo.dpi
-    if kind == "PNG" and fast:
-        options["compress_type"] = zlib.Z_RLE
     if kind == "JPEG":
         options |= {"quality": quality, "subsampling": 0}
     if kind == "WEBP":
