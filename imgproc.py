@@ -161,7 +161,7 @@ def crop_to_multiple(image: RGB, factor: int) -> RGB:
 
 
 def flip_rotate(image: RGB, orientation: int) -> RGB:
-    """One of an image's eight orientations: flipped horizontally from 4 on, then rotated by `orientation % 4` quarters counter-clockwise."""
+    """One of eight orientations: flipped horizontally from 4 on, then rotated counter-clockwise by `orientation % 4` quarters."""
     if orientation not in range(8):
         raise ValueError(f"orientation={orientation} must be 0 to 7")
     for operation in _FLIPS_ROTATIONS[orientation]:

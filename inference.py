@@ -30,16 +30,16 @@ from upscaling import upscale
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceConfig:
-    input: str  # an image, or a folder of images, with all folders in it
-    output: str = "results/inference"  # folder for the upscaled images, which keep their names and folders
-    model_path: str = ""  # weights of any known layout; empty: the light network of this repository for upscale_factor
-    upscale_factor: Literal[2, 3, 4, 8] = 4  # chooses the light network where model_path is empty
-    outscale: float | None = None  # size of the result, in times the input's, by bicubic beyond the network's; None: the network's scale
-    output_format: Literal["png", "same", "jpg", "webp", "tif", "bmp"] = "png"  # format of the results; same: each input's own
-    quality: int = 95  # quality of JPEG and WebP, 1 to 100; at 100, WebP is lossless
+    input: str  # read this image, or every image in this folder and the folders in it
+    output: str = "results/inference"  # write the upscaled images into this folder, under their names and folders
+    model_path: str = ""  # load weights of any known layout; empty: this repository's light network
+    upscale_factor: Literal[2, 3, 4, 8] = 4  # choose the light network by its scale; unused with model_path
+    outscale: float | None = None  # multiply the input's size by this, adjusting by bicubic; None: the network's scale
+    output_format: Literal["png", "same", "jpg", "webp", "tif", "bmp"] = "png"  # write this format; same: each input's own
+    quality: int = 95  # compress JPEG and WebP to this quality, 1 to 100; at 100, WebP is lossless
     self_ensemble: bool = False  # average over the eight flips and rotations of the image (RCAN+); eight times as slow
-    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"  # precision of the network; auto: bf16 where the device is fast at it
-    tile: int = 0  # cut images that don't fit into memory into tiles of this side, LR pixels; changes the result; 0: never
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"  # compute in this precision; auto: bf16 where the device is fast at it
+    tile: int = 0  # cut images into tiles of this side, LR pixels, if memory is too small; changes results; 0: whole images
     tile_overlap: int = 32  # blend neighbouring tiles over this many LR pixels
 
     def __post_init__(self) -> None:
