@@ -17,7 +17,7 @@ import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import cv2
@@ -102,10 +102,6 @@ def exif(orientation):
     tags = Image.Exif()
     tags[274] = orientation
     return tags
-
-
-def raw_exif(orientation):
-    return exif(orientation).tobytes().removeprefix(b"Exif\0\0")
 
 
 # Every kind
@@ -261,7 +257,9 @@ def test_the_orientation_is_applied_once(tmp_path, orientation):
         "a.png": saved(FULL, "png", exif=exif(orientation)),
         "a.webp": saved(FULL, "webp", exif=exif(orientation), lossless=True),
         "a.tif": saved(FULL, "tiff", exif=exif(orientation)),
-        "deep.png": with_chunk(opencv(RGB[:, :, ::-1].astype(np.uint16) * 257), b"eXIf", raw_exif(orientation)),
+        "deep.png": with_chunk(
+            opencv(RGB[:, :, ::-1].astype(np.uint16) * 257), b"eXIf", exif(orientation).tobytes().removeprefix(b"Exif\0\0")
+        ),
         "deep.tif": tiff(RGB.astype(np.uint16) * 257, extratags=tag),
     }.items():
         path = tmp_path / name
@@ -439,29 +437,27 @@ def test_the_size_needs_the_header_only_and_the_limit_no_decoding(tmp_path, monk
 SECONDS = 10  # for one read
 MEMORY = 10**9  # bytes, of the whole process
 EXTREMES = (0, 1, 2, 255, 256, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 30_000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
-OPERATIONS = ("flip", "replace", "delete", "repeat", "cut", "insert", "splice", "field16", "field32", "field16be", "field32be")
+OPERATIONS = ("flip", "replace", "delete", "repeat", "cut", "insert", "splice", "little", "big")
 
 
 def mutated(data, other, operation, position, length, value):
     """`data` after one change; numbers beyond its end are taken modulo its length."""
     position %= len(data) + 1
     before, after = data[:position], data[position:]
-    if operation == "flip":
-        return before + bytes([after[0] ^ 1 << value % 8]) + after[1:] if after else data
-    if operation == "replace":
-        return before + bytes([value % 256]) * (length % 4 + 1) + after[length % 4 + 1 :]
-    if operation == "delete":
-        return before + after[length % 64 :]
-    if operation == "repeat":
-        return before + after[: length % 64] * (value % 4 + 1) + after
-    if operation == "cut":
-        return before
-    if operation == "insert":
-        return before + random.Random(value).randbytes(length % 32) + after
-    if operation == "splice":
-        return before + other[length % (len(other) + 1) :]
-    size, order = (2 if "16" in operation else 4), ("big" if operation.endswith("be") else "little")
-    return before + (EXTREMES[value % len(EXTREMES)] % 256**size).to_bytes(size, order) + after[size:]
+    size = 2 + 2 * (length % 2)  # of a number in a header
+    extreme = EXTREMES[value % len(EXTREMES)] % 256**size
+    removed, inserted = {
+        "flip": (1, bytes([(after or b"\0")[0] ^ 1 << value % 8])),
+        "replace": (length % 4 + 1, bytes([value % 256]) * (length % 4 + 1)),
+        "delete": (length % 64, b""),
+        "repeat": (0, after[: length % 64] * (value % 4 + 1)),
+        "cut": (len(after), b""),
+        "insert": (0, random.Random(value).randbytes(length % 32)),
+        "splice": (len(after), other[length % (len(other) + 1) :]),
+        "little": (size, extreme.to_bytes(size, "little")),
+        "big": (size, extreme.to_bytes(size, "big")),
+    }[operation]
+    return before + inserted + after[removed:]
 
 
 def with_right_sums(data):
@@ -483,7 +479,7 @@ def mutated_files(draw):
     data = kinds()[draw(names)].data
     change = st.tuples(st.sampled_from(OPERATIONS), number, number, long)
     for operation, position, length, value in draw(st.lists(change, min_size=1, max_size=4)):
-        data = mutated(data, kinds()[draw(names)].data if operation == "splice" else data, operation, position, length, value)
+        data = mutated(data, kinds()[draw(names)].data if operation == "splice" else b"", operation, position, length, value)
     return with_right_sums(data) if data.startswith(b"\x89PNG") and draw(st.booleans()) else data
 
 
@@ -495,13 +491,12 @@ def attempt(read, path):
     except ValueError as error:
         result = str(error)
         assert result.startswith(f"{path}: ") and "; " in result and "\n" not in result, result
-    assert time.perf_counter() - start < SECONDS, f"{read.__name__} took {time.perf_counter() - start:.1f} s"
-    assert peak_memory() < MEMORY, f"{read.__name__} needed {peak_memory():,} bytes"
+    assert time.perf_counter() - start < SECONDS, f"{read} took {time.perf_counter() - start:.1f} s"
+    assert peak_memory() < MEMORY, f"{read} needed {peak_memory():,} bytes"
     return result
 
 
-def read_upright(path):
-    return read_image(path, orient=True)
+read_upright = partial(read_image, orient=True)
 
 
 def check(path):
@@ -517,7 +512,7 @@ def check(path):
         if not isinstance(image, str):
             assert image.dtype == np.uint8 or (read is read_photo and image.dtype == np.uint16)
             assert image.shape[2:] == (3,)
-            assert (image.shape[:2] if read is read_image else sorted(image.shape[:2])) == (size if read is read_image else sorted(size))
+            assert image.shape[:2] in (size, size if read is read_image else size[::-1])
         said.append(image if isinstance(image, str) else "read")
         del image  # counts as memory
     return [said[0], size if isinstance(size, str) else "read", *said[1:]]
