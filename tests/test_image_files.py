@@ -104,6 +104,16 @@ def exif(orientation):
     return tags
 
 
+def gray_press():
+    """An ICC profile of a press that prints every colour as middle gray, L* = 50, and black ink as black (ICC.1, lut8Type)."""
+    identity = struct.pack(">9i", *(65536 * (index % 4 == 0) for index in range(9)))
+    lab = bytes([128, 128, 128, 0, 128, 128]) * 2**3  # without and with black, for every mixture of the other inks
+    table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + identity + bytes(range(256)) * 4 + lab + bytes(range(256)) * 3
+    header = struct.pack(">I4sI4s4s4s", 144 + len(table), b"lcms", 0x02400000, b"prtr", b"CMYK", b"Lab ")
+    header += bytes(12) + b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061) + bytes(48)
+    return header + struct.pack(">I4sII", 1, b"A2B0", 144, len(table)) + table
+
+
 # Every kind
 
 
@@ -172,6 +182,18 @@ def kinds():
         "tiff 1 bit": Kind(saved(bilevel, "tiff", compression="group4"), black, gray=True),
         "tiff palette": Kind(saved(palette, "tiff"), in_palette),
         "tiff rgba": Kind(saved(CLEAR, "tiff"), RGB, ALPHA),
+        "tiff gray multiplied": Kind(
+            tiff(
+                np.dstack([np.minimum(GRAY, 128), np.full_like(GRAY, 128)]),
+                "minisblack",
+                planarconfig="contig",
+                extrasamples=["assocalpha"],
+            ),
+            three(np.where(GRAY == 64, 128, np.where(GRAY > 64, 255, 0))),
+            np.full_like(GRAY, 128),
+            gray=True,
+            off=1,
+        ),
         "tiff white": Kind(tiff(GRAY, "miniswhite"), 255 - levels, gray=True),
         "tiff pages": Kind(saved(FULL, "tiff", save_all=True, append_images=[LEVELS]), RGB, notes=1),
         "tiff cmyk": Kind(saved(cmyk, "tiff"), RGB),  # without black ink, RGB is what is left of white
@@ -214,6 +236,15 @@ def test_every_kind_of_file_gives_its_values(tmp_path, name):
     rounded = np.round(photo.pixels / (257 if photo.bits == 16 else 1)).astype(np.uint8)
     assert abs(read_image(path, orient=True).astype(int) - rounded).max() <= (1 if "lab" in name else 0)
     assert read_image(path).shape == (*image_size(path), 3)
+
+
+def test_photos_use_the_profile_of_cmyk_and_benchmarks_the_plain_formula(tmp_path):
+    cmyk = Image.frombytes("CMYK", (17, 12), np.dstack([255 - RGB, np.zeros_like(GRAY)]).tobytes())
+    cmyk.save(tmp_path / "a.tif", icc_profile=gray_press())
+    photo = read_photo(tmp_path / "a.tif")
+    assert abs(photo.pixels.astype(int) - 119).max() <= 1  # sRGB of L* = 50
+    assert photo.icc_profile is None
+    assert (read_image(tmp_path / "a.tif") == RGB).all()
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "bmp", "tiff", "gif", "ppm"])
@@ -278,6 +309,11 @@ def test_a_deep_tiff_of_any_compression_is_upright(tmp_path, orientation):
     (tmp_path / "8").write_bytes(saved(LEVELS, "tiff", exif=exif(orientation)))
     (tmp_path / "levels").write_bytes(tiff(GRAY.astype(np.uint16) * 257, "minisblack", extratags=[(274, 3, 1, orientation, True)]))
     assert (read_image(tmp_path / "levels") == read_image(tmp_path / "8")).all()
+    doubled = np.dstack([GRAY, GRAY]).astype(np.uint16) * 257  # gray and alpha, which Pillow doesn't know
+    tags = {"extratags": [(274, 3, 1, orientation, True)], "planarconfig": "contig", "extrasamples": ["unassalpha"]}
+    (tmp_path / "doubled").write_bytes(tiff(doubled, "minisblack", **tags))
+    assert (read_image(tmp_path / "doubled") == read_image(tmp_path / "8")).all()
+    assert image_size(tmp_path / "doubled") == image_size(tmp_path / "8")
     found = []
     for compression in (None, "tiff_lzw"):  # by tifffile and by OpenCV
         (tmp_path / "16").write_bytes(saved(deep, "tiff", compression=compression, exif=exif(orientation), dpi=(300, 150)))
@@ -326,6 +362,14 @@ def test_sixteen_bits_come_back_bit_for_bit(tmp_path, suffix, gray, with_alpha):
             assert (image.size, image.info["icc_profile"]) == ((17, 12), SRGB)
         other = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
         assert ((three(other) if other.ndim == 2 else other[:, :, 2::-1]) == pixels).all()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".tif"])
+def test_alpha_and_the_colours_below_it_come_back(tmp_path, suffix):
+    write_photo(tmp_path / f"a{suffix}", Photo(RGB, ALPHA), quality=100)
+    photo = read_photo(tmp_path / f"a{suffix}")
+    assert (photo.pixels == RGB).all()
+    assert (photo.alpha == ALPHA).all()
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -397,6 +441,7 @@ def cut(name):
     "content",
     [
         b"", b"text", b"II*\0text and more of it", b"\x89PNG\r\n\x1a\n", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        saved(FULL, "pcx"),
         *("cut", "flipped"), *("png", "png deep", "jpeg", "webp lossless", "bmp", "tiff", "tiff deep", "tiff deep lzw", "pgm deep"),
     ],
 )  # fmt: skip

@@ -152,6 +152,13 @@ def test_what_is_lost_is_noted(tmp_path, run, capsys):
     assert image_files.image_size(tmp_path / "o/in.bmp") == (36, 51)
 
 
+def test_quality_is_that_of_the_files(tmp_path, run):
+    write_image(tmp_path / "a.png", noise_image(12, 17))
+    for quality in (20, 95):
+        run("--input", tmp_path / "a.png", "--output", tmp_path / str(quality), "--output_format", "jpg", "--quality", quality)
+    assert 2 * (tmp_path / "20/a.jpg").stat().st_size < (tmp_path / "95/a.jpg").stat().st_size
+
+
 # Mistakes
 
 
@@ -205,6 +212,8 @@ def test_an_input_or_output_that_cannot_be_used_is_named_and_nothing_changes(tmp
     (tmp_path / "taken/a.png").mkdir(parents=True)
     (tmp_path / "nothing.png").touch()
     (tmp_path / "file").write_text("no image")
+    if error is OSError and output != "taken":  # before the network is loaded
+        monkeypatch.setattr(weights, "load", lambda path: pytest.fail("loads weights first"))
     before = sorted(map(str, tmp_path.rglob("*")))
     with pytest.raises((error, ValueError), match=named):
         run("--input", given, "--output", output)
