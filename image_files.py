@@ -120,11 +120,13 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
     with _open(path) as file:
         try:
             image = _open_with_pillow(file)
-            return image.height, image.width
+            if not isinstance(image, TiffImagePlugin.TiffImageFile):
+                return image.height, image.width
+            size, orientation = (image.tag_v2[257], image.tag_v2[256]), image.tag_v2.get(274)  # only newer Pillow's size is upright
         except UnidentifiedImageError:
             page = _open_with_tifffile(file)
-            size = page.imagelength, page.imagewidth
-            return size[::-1] if _tag(page, 274) in _ON_ITS_SIDE else size
+            size, orientation = (page.imagelength, page.imagewidth), _tag(page, 274)
+        return size[::-1] if orientation in _ON_ITS_SIDE else size
 
 
 def list_images(folder: str | os.PathLike) -> list[Path]:

@@ -255,19 +255,22 @@ def test_one_pixel_is_an_image(tmp_path, kind):
     assert image_size(tmp_path / "a.png") == (1, 1)
 
 
-@pytest.mark.parametrize(
-    "options", [{"photometric": "separated"}, {"dtype": np.float32}, {"dtype": np.uint32}, {"dtype": np.int16}, "12 bits"]
-)
-def test_samples_that_cannot_be_kept_are_refused(tmp_path, options):
-    path = tmp_path / "a.tif"
-    if options == "12 bits":
-        path.write_bytes(twelve_bits())
-    else:
-        values = DEEP if "photometric" in options else DEEP[:, :, 0].astype(options["dtype"])
-        path.write_bytes(tiff(values, options.get("photometric", "minisblack")))
+@pytest.mark.parametrize("name", ["float", "32 bits", "signed", "inks", "five channels", "volume", "12 bits"])
+def test_samples_that_cannot_be_kept_are_refused(tmp_path, name):
+    (tmp_path / "a.tif").write_bytes(
+        {
+            "float": lambda: tiff(DEEP[:, :, 0].astype(np.float32), "minisblack"),
+            "32 bits": lambda: tiff(DEEP[:, :, 0].astype(np.uint32), "minisblack"),
+            "signed": lambda: tiff(DEEP[:, :, 0].astype(np.int16), "minisblack"),
+            "inks": lambda: tiff(DEEP, "separated"),
+            "five channels": lambda: tiff(np.dstack([DEEP, DEEP[:, :, 0]]), planarconfig="contig"),
+            "volume": lambda: tiff(np.stack([DEEP[:, :, 0]] * 3), "minisblack", volumetric=True),
+            "12 bits": twelve_bits,
+        }[name]()
+    )
     for read in (read_image, read_photo):
         with pytest.raises(ValueError, match=r"a\.tif: "):
-            read(path)
+            read(tmp_path / "a.tif")
 
 
 def twelve_bits():
