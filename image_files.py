@@ -1,14 +1,21 @@
-"""Image files: one decoder and one encoder. (being merged)"""
+"""Image files: one decoder and one encoder.
 
+    rgb = read_image("baby.png")                # uint8 (H, W, 3), for training and benchmarks
+    photo = read_photo("holiday.tif")           # with alpha, 16 bits, gray, colour profile and resolution
+    write_photo("large.tif", photo)
+
+Pillow decodes 8 bits a channel. OpenCV (PNG) and tifffile (TIFF) decode 16, which Pillow would cut to 8. Every error names the file.
+A header is checked before its pixels take memory.
+"""
+
+import contextlib
 import io
 import logging
 import os
-import re
 import struct
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,301 +24,36 @@ import cv2
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 
 import files
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-MAX_PIXELS = 110_000_000  # a photograph of 102 megapixels fits, and no picture of 8 bits takes 1 GB to be read
-KINDS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")  # Pillow's other kinds may start programs, as EPS does
-cv2.setNumThreads(0)  # its threads do not survive a fork, as in workers; each call here is too small to gain from them
-_silence = getattr(getattr(cv2.utils, "logging", cv2), "setLogLevel", None)  # OpenCV has had it in two places
-if _silence:
-    _silence(0)  # about damaged files, of which an error tells
+RGB = NDArray[np.uint8]  # (H, W, 3)
 
+MAX_PIXELS = 110_000_000  # admits a photograph of 102 megapixels; reading 8 bits a channel stays below 1 GB
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".bmp": "BMP", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
+IMAGE_SUFFIXES = tuple(FORMATS)
+
+cv2.setNumThreads(0)  # OpenCV's threads do not survive a fork, as in data workers, and each call here is too small to gain from them
+_set_opencv_log_level = getattr(getattr(cv2.utils, "logging", cv2), "setLogLevel", None)  # OpenCV has moved it
+if _set_opencv_log_level:
+    _set_opencv_log_level(0)
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is checked instead
-warnings.filterwarnings("ignore", module=r"PIL\.")  # as above
-
-# What the decoders raise for broken data
-DECODING_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, ArithmeticError, EOFError, LookupError, struct.error, zlib.error, cv2.error,
-)  # fmt: skip
-
-NO_MEMORY = "there is too little memory to read it; free some, or copy the file again if it is damaged"
-
-# What a byte of a file can hold at most: a run of deflate takes 2 bits for 258 bytes, an LZW code 9 for 4096, a run of PackBits
-# 2 bytes for 128, and a JPEG's block of 64 pixels 1 bit
-_PIXELS_A_BYTE = {
-    "PNG": 8 * 1032, "JPEG": 512, "MPO": 512, "BMP 0": 8, "TIFF 1": 8, "TIFF 5": 8 * 3641, "TIFF 7": 512, "TIFF 8": 8 * 1032,
-    "TIFF 32773": 8 * 64, "TIFF 32946": 8 * 1032,
-}  # fmt: skip
-
-# WebP's decoder takes three times the memory of the others, that of BMP with runs as much time for 10 megapixels as others for 110
-_MAX_PIXELS_OF = {"WEBP": 40_000_000, "BMP 1": 10_000_000, "BMP 2": 10_000_000}
-
-RGB = NDArray[np.uint8]  # (H, W, 3), RGB
-
-
-# Files
-
-
-def read_image(path: str | os.PathLike) -> RGB:
-    """Read an image file as RGB uint8 (H, W, 3), whatever it holds.
-
-    Gray and palette become RGB, 16 bits are rounded to 8, alpha is dropped; of orientation tags, only TIFF's own is applied.
-    Any path that the system allows is read, also a non-ASCII one.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is empty, cut off, no image, or has more than `MAX_PIXELS`. The message names the file.
-    """
-    with open_file(path) as file, _named_errors(path):
-        return _decode(file)
-
-
-def image_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(height, width) from the file's header alone, without decoding.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is empty, no image, or has more than `MAX_PIXELS`. The message names it.
-    """
-    with open_file(path) as file, _named_errors(path):
-        try:
-            with open_header(file) as image:
-                return image.height, image.width
-        except UnidentifiedImageError:
-            return _deep_tiff_size(file)
-
-
-def write_image(path: str | os.PathLike, image: RGB) -> None:
-    """Write RGB uint8 (H, W, 3) in the format that the name's ending says; folders are made, and no half file is left.
-
-    Raises:
-        ValueError: not such an image, or an unknown ending.
-    """
-    path = Path(path)
-    _check_image(image, "image")
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"{path}: unknown ending {path.suffix!r}; known are {', '.join(IMAGE_SUFFIXES)}")
-    done, encoded = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-    assert done
-    write_bytes(path, encoded.tobytes())
-
-
-def open_file(path: str | os.PathLike) -> BinaryIO:
-    """A picture file, to be read.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is empty.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    if not path.stat().st_size:
-        raise ValueError(f"{path}: the file is empty; copy or download it again")
-    return path.open("rb")
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a picture file whole or not at all; folders are made."""
-    files.write_whole(path, data, durable=False)
-
-
-def list_images(folder: str | os.PathLike) -> list[Path]:
-    """The image files of `folder`, sorted by name; hidden files and other endings are passed over."""
-    visible = (file for file in Path(folder).iterdir() if not file.name.startswith("."))
-    return sorted(file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-
-
-class TooLargeError(ValueError):
-    """A picture that takes too much memory; the message says what to do."""
-
-
-@contextmanager
-def _named_errors(path: str | os.PathLike) -> Iterator[None]:
-    try:
-        yield
-    except TooLargeError as error:
-        raise ValueError(f"{path}: {error}") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{path}: not an image that can be read here; known are {', '.join(IMAGE_SUFFIXES)}") from None
-    except MemoryError:
-        raise ValueError(f"{path}: {NO_MEMORY}") from None
-    except DECODING_ERRORS as error:
-        raise ValueError(f"{path}: the image is damaged or cut off ({one_line(error)}); copy or download it again") from None
-
-
-def one_line(error: Exception) -> str:
-    """What a decoder says, for a sentence."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def open_header(file: BinaryIO) -> Image.Image:
-    """A picture by Pillow, not decoded, of a size that is worth trying.
-
-    Raises:
-        UnidentifiedImageError: Pillow doesn't know it.
-        TooLargeError: it has more than `MAX_PIXELS`.
-        ValueError: its bytes can't hold so many pixels; or one of `DECODING_ERRORS`.
-    """
-    file.seek(0)
-    try:
-        image = Image.open(file, formats=KINDS)
-    except Image.DecompressionBombError as error:  # beyond Pillow's own limit
-        count = re.search(r"\d+", str(error))
-        raise TooLargeError(_too_large(MAX_PIXELS, f"it has {int(count[0]):,}" if count else "it has far more")) from None
-    kind = image.format
-    if kind == "TIFF":
-        kind += f" {image.tag_v2.get(259, 1)}"
-    elif kind == "BMP":
-        kind += f" {image.info.get('compression', 0)}"
-    check_size(file, image.width, image.height, kind)
-    return image
-
-
-def check_size(file: BinaryIO, width: int, height: int, kind: str) -> None:
-    """Refuse a picture that takes too much memory, and a header that lies.
-
-    Args:
-        kind: Pillow's name; for TIFF and BMP, with the number of their compression.
-    """
-    limit = min(MAX_PIXELS, _MAX_PIXELS_OF.get(kind, MAX_PIXELS))
-    if width * height > limit:
-        raise TooLargeError(_too_large(limit, f"it is {width}x{height}"))
-    length, most = os.fstat(file.fileno()).st_size, _PIXELS_A_BYTE.get(kind)
-    if width < 1 or height < 1 or (most and width * height > most * length):
-        raise ValueError(f"its header says {width}x{height}, but there are {length} bytes")
-
-
-def _too_large(limit: int, found: str) -> str:
-    return f"more than {limit:,} pixels; cut it into parts ({found})"
-
-
-def _decode(file: BinaryIO) -> RGB:
-    head = file.read(32)
-    try:
-        image = open_header(file)
-    except UnidentifiedImageError:
-        return _decode_deep(file, _deep_tiff_size(file))
-    with image:
-        image.load()
-        if not image.mode.startswith(("I", "F")) and not has_16_bits(image, head):
-            return to_array(image, "RGB")
-        size = image.height, image.width
-    del image  # its pixels, which Pillow cut or clipped
-    return _decode_deep(file, size)
-
-
-def _decode_deep(file: BinaryIO, size: tuple[int, int]) -> RGB:
-    file.seek(0)
-    image = _to_rgb8(decode_deep(file.read()))
-    if image.shape[:2] != size:
-        raise ValueError(f"its header says {size[1]}x{size[0]}, but {image.shape[1]}x{image.shape[0]} were found")
-    return image
-
-
-def _deep_tiff_size(file: BinaryIO) -> tuple[int, int]:
-    """(height, width) of a TIFF that Pillow doesn't know, as one with 16-bit colour; raises as `open_header` does."""
-    file.seek(0)
-    head = file.read(8)
-    if not head.startswith(tuple(TiffImagePlugin.PREFIXES)):
-        raise UnidentifiedImageError
-    tags = TiffImagePlugin.ImageFileDirectory_v2(head + (file.read(8) if head[2] == 43 else b""))  # BigTIFF's is longer
-    file.seek(tags.next)
-    tags.load(file)
-    width, height = tags[256], tags[257]
-    if not isinstance(width, int) or not isinstance(height, int):
-        raise ValueError(f"its header says {width}x{height}")
-    check_size(file, width, height, f"TIFF {tags.get(259, 1)}")
-    return (width, height) if tags.get(274) in (5, 6, 7, 8) else (height, width)  # the tag Orientation: turned by OpenCV
-
-
-def to_array(image: Image.Image, mode: str) -> NDArray[np.uint8]:
-    """(H, W, 3) of "RGB", or (H, W) of alpha alone, "A"; in strips, as copies of the whole by Pillow and NumPy take 14 bytes a pixel."""
-    values = np.empty((image.height, image.width, 3) if mode == "RGB" else (image.height, image.width), np.uint8)
-    for rows in _strips(image.height, image.width):
-        strip = image.crop((0, rows.start, image.width, rows.stop))
-        if mode == "A" or strip.mode in ("P", "PA", "RGBa"):
-            strip = strip.convert("RGBA")
-        values[rows] = strip.getchannel("A") if mode == "A" else strip.convert("RGB")
-    return values
-
-
-def _strips(height: int, width: int) -> Iterator[slice]:
-    step = max(1, 2**20 // width)
-    return (slice(top, min(top + step, height)) for top in range(0, height, step))
-
-
-def has_16_bits(image: Image.Image, head: bytes) -> bool:
-    """Whether a PNG or TIFF file holds 16 bits a sample, which Pillow cuts to 8; `head` is how the file begins."""
-    if image.format == "TIFF":
-        return max(image.tag_v2.get(258, (1,))) == 16  # BitsPerSample, one for each channel
-    return head.startswith(b"\x89PNG\r\n\x1a\n") and head[24] == 16  # IHDR: length, name, width, height, bit depth
-
-
-def decode_deep(data: bytes) -> NDArray | None:
-    """All bits of a file's samples, (H, W) or (H, W, 3 or 4) in the order BGR or BGRA; None where OpenCV can't.
-
-    A TIFF is turned as its tag Orientation says.
-    """
-    if data.startswith(b"\x89PNG"):  # only what makes pixels: OpenCV takes the memory that any chunk's length asks for
-        needed = (b"IHDR", b"tRNS", b"IDAT")
-        data = b"".join([data[:8], *(data[start:end] for name, start, end in png_chunks(data) if name in needed), _PNG_END])
-    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # BGR, BGRA or gray
-
-
-_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-
-
-def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """(name, start, end) of a PNG's whole chunks up to IEND, with their lengths and checksums: 8 bytes before, 4 after the content."""
-    start = 8
-    while start + 12 <= len(data):
-        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
-        name = data[start + 4 : start + 8]
-        if end > len(data) or name == b"IEND":
-            return
-        yield name, start, end
-        start = end
-
-
-def _to_rgb8(deep: NDArray | None) -> RGB:
-    if deep is None or deep.dtype not in (np.uint8, np.uint16) or (deep.ndim == 3 and deep.shape[2] < 3):
-        raise ValueError(f"samples of type {None if deep is None else deep.dtype} are not 8 or 16 bits")
-    rgb = np.empty((*deep.shape[:2], 3), np.uint8)
-    for rows in _strips(*deep.shape[:2]):
-        strip = deep[rows] if deep.dtype == np.uint8 else np.round(deep[rows] / 257)  # 65535 / 255
-        rgb[rows] = strip[:, :, None] if strip.ndim == 2 else strip[:, :, 2::-1]
-    return rgb
-
-
-def _check_image(image: NDArray, name: str) -> None:
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise ValueError(f"{name} is {image.dtype} {image.shape}; it must be uint8 (H, W, 3)")
-
-
-# Photographs
-
-
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP"}
-LONGEST_SIDE = {"JPEG": 65535, "WEBP": 16383}  # pixels, by the formats' definitions
-
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # about damaged files, of which an error tells
+warnings.filterwarnings("ignore", module=r"(PIL|tifffile)\.")  # our errors report damage
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A picture to upscale.
+    """An image with everything that its upscaled version should keep.
 
     Args:
-        pixels: uint8 or uint16, (H, W, 3), RGB; of a gray picture, three equal channels.
-        alpha: of the same type, (H, W), or None; the pixels are not multiplied by it.
-        gray: whether it is to be written as gray.
-        icc_profile: what its colours mean, or None for sRGB.
-        dpi: resolution for printing, horizontal and vertical, or None.
-        notes: sentences on what did not come along.
+        pixels: uint8 or uint16, (H, W, 3), RGB; three equal channels if `gray`.
+        alpha: of the same type, (H, W), not multiplied into the pixels; None: the image is opaque.
+        gray: write one channel of colour.
+        icc_profile: the colour space; None: sRGB.
+        dpi: horizontal and vertical resolution for printing; None: unknown.
+        notes: sentences on what was left out.
     """
 
     pixels: NDArray
@@ -330,216 +72,133 @@ class Photo:
 # Reading
 
 
-def read_photo(path: str | os.PathLike) -> Photo:
-    """Read a picture with all that has to come along; EXIF's orientation is applied.
+def read_image(path: str | os.PathLike, orient: bool = False) -> RGB:
+    """Read an image file as RGB uint8 (H, W, 3), whatever it holds.
+
+    Gray and palette images become RGB, 16 bits are rounded to 8, alpha is dropped. CMYK is converted by the plain formula.
+
+    Args:
+        orient: apply the EXIF orientation. The orientation of TIFF, which belongs to its pixels, is always applied.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is empty, cut off, no picture, of a kind that can't be upscaled, or has more than
-            `MAX_PIXELS`. The message names the file.
+        ValueError: the file is empty, damaged, no image, of an unsupported kind, or has more than `MAX_PIXELS`. The message names it.
     """
-    with open_file(path) as file:
+    with _open(path) as file:
+        image, orientation = _decode(file, orient)
+        pixels = image.pixels if isinstance(image, Photo) else _to_array(image, "RGB")
+        del image  # before more memory is needed
+        if pixels.dtype == np.uint16:
+            rgb = np.empty(pixels.shape, np.uint8)
+            for rows in _strips(*pixels.shape[:2]):
+                rgb[rows] = np.round(pixels[rows] / 257)  # 65535 / 255
+            pixels = rgb
+        return _rotate(pixels, orientation)
+
+
+def read_photo(path: str | os.PathLike) -> Photo:
+    """Read an image file with its alpha, depth, colour profile and resolution; the EXIF orientation is applied.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_image`.
+    """
+    with _open(path) as file:
+        image, orientation = _decode(file, orient=True)
+        photo = image if isinstance(image, Photo) else _to_photo(image, file)
+        del image
+        alpha = None if photo.alpha is None else _rotate(photo.alpha, orientation)
+        dpi = photo.dpi[::-1] if photo.dpi and orientation in _ON_ITS_SIDE else photo.dpi
+        return replace(photo, pixels=_rotate(photo.pixels, orientation), alpha=alpha, dpi=dpi)
+
+
+def image_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(height, width) that `read_image` would give, from the file's header alone.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_image`, as far as the header tells.
+    """
+    with _open(path) as file:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what is wrong with a file is said below, or doesn't matter
-                return _decode_photo(file)
-        except UnsupportedError as error:
-            raise ValueError(f"{path}: {error}; convert it to gray or RGB of 8 or 16 bits first") from None
+            image = _open_with_pillow(file)
+            if not isinstance(image, TiffImagePlugin.TiffImageFile):
+                return image.height, image.width
+            size, orientation = (image.tag_v2[257], image.tag_v2[256]), image.tag_v2.get(274)  # only newer Pillow's size is upright
         except UnidentifiedImageError:
-            raise ValueError(f"{path}: not a picture that can be read here; known are {', '.join(FORMATS)}") from None
-        except TooLargeError as error:
-            raise ValueError(f"{path}: {error}") from None
-        except MemoryError:
-            raise ValueError(f"{path}: {NO_MEMORY}") from None
-        except (*DECODING_ERRORS, RuntimeError) as error:  # NotImplementedError is one of these
-            reason = one_line(error)
-            raise ValueError(f"{path}: the picture is damaged, cut off or of an unknown kind ({reason}); open and save it anew") from None
+            page = _open_with_tifffile(file)
+            size, orientation = (page.imagelength, page.imagewidth), _tag(page, 274)
+        return size[::-1] if orientation in _ON_ITS_SIDE else size
 
 
-class UnsupportedError(ValueError):
-    """A sound picture of a kind that can't be upscaled."""
-
-
-def _decode_photo(file: BinaryIO) -> Photo:
-    head = file.read(32)
-    try:
-        image = open_header(file)
-    except UnidentifiedImageError:
-        if head[:4] in (b"II*\0", b"MM\0*"):  # gray and alpha with 16 bits, and other kinds that Pillow doesn't know
-            return _decode_deep_tiff(file)
-        raise
-    with image:
-        if image.format == "TIFF" and max(image.tag_v2.get(258, (1,))) > 8:
-            return _decode_deep_tiff(file)
-        image.load()
-        if not has_16_bits(image, head):
-            return _from_pillow(image)
-        profile, dpi = image.info.get("icc_profile"), _plain_dpi(image.info.get("dpi"))
-        orientation = image.getexif().get(274, 1)
-    del image  # its pixels of 8 bits
-    return _upright(replace(_decode_deep_png(file), icc_profile=profile, dpi=dpi), orientation)
-
-
-def _from_pillow(image: Image.Image) -> Photo:
-    notes = _frame_notes(getattr(image, "n_frames", 1) if image.format != "MPO" else 1)  # MPO: a camera's JPEG with its previews
-    profile, dpi = image.info.get("icc_profile"), _plain_dpi(image.info.get("dpi"))
-    notes += (_UNKNOWN_CHANNEL,) if image.mode == "RGBX" else ()
-    transparent = "transparency" in image.info
-    dpi = _turned_dpi(dpi, image.getexif().get(274, 1))
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode in ("CMYK", "LAB", "YCbCr", "HSV"):
-        image, profile = _to_srgb(image, profile), None
-    gray = image.mode in ("1", "L", "LA", "La")
-    has_alpha = transparent or image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
-    if image.mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"):
-        raise UnsupportedError(f"its colour mode {image.mode} can't be upscaled")
-    alpha = to_array(image, "A") if has_alpha else None
-    return Photo(to_array(image, "RGB"), alpha, gray, profile, dpi, notes)
-
-
-def _frame_notes(count: int) -> tuple[str, ...]:
-    return (f"it holds {count} pages or frames, of which only the first is taken",) if count > 1 else ()
-
-
-_UNKNOWN_CHANNEL = "it has a further channel, which is not said to be alpha and was left out"
-
-
-def _turned_dpi(dpi: tuple[float, float] | None, orientation: int) -> tuple[float, float] | None:
-    return dpi[::-1] if dpi and orientation >= 5 else dpi
-
-
-def _plain_dpi(dpi: Any) -> tuple[float, float] | None:
-    if dpi is None or not all(0 < float(value) < 1e6 for value in dpi):
-        return None
-    return float(dpi[0]), float(dpi[1])
-
-
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """RGB by the picture's profile; without a usable one, by the plain formulas."""
-    if profile and image.mode != "HSV":
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        except (ImageCms.PyCMSError, OSError, ValueError):
-            pass  # a damaged profile, or one for another kind of picture
-    if image.mode == "LAB":
-        lab = ImageCms.createProfile("LAB")
-        return ImageCms.profileToProfile(image, lab, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    return image.convert("RGB")
-
-
-def _decode_deep_png(file: BinaryIO) -> Photo:
-    file.seek(0)
-    data = file.read()
-    deep = decode_deep(data)
-    if deep is None or deep.dtype != np.uint16:
-        raise ValueError("its 16-bit samples can't be decoded")
-    gray = data[25] in (0, 4)  # IHDR's colour type: gray, gray and alpha
-    alpha = deep[:, :, 3] if deep.ndim == 3 and deep.shape[2] == 4 else None
-    clear = next((data[start + 8 : end - 4] for name, start, end in png_chunks(data) if name == b"tRNS"), b"")
-    if deep.ndim == 2 and len(clear) == 2:  # one gray value that is transparent; OpenCV knows it for RGB only
-        alpha = np.where(deep == int.from_bytes(clear, "big"), 0, 65535).astype(np.uint16)
-    pixels = np.repeat(deep[:, :, None], 3, 2) if deep.ndim == 2 else deep[:, :, 2::-1]
-    return Photo(pixels, alpha, gray)
-
-
-def _decode_deep_tiff(file: BinaryIO) -> Photo:
-    file.seek(0)
-    data = file.read()
-    with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-        page = tiff.pages[0]
-        check_size(file, page.imagewidth, page.imagelength, f"TIFF {int(page.compression)}")
-        kind = tifffile.PHOTOMETRIC(page.photometric)
-        if page.dtype != np.uint16 or page.bitspersample != 16 or kind not in _DEEP_KINDS:
-            raise UnsupportedError(f"its samples are {page.dtype} of {page.bitspersample} bits, {kind.name}")
-        values, turned = _samples(page, data)
-        further = page.extrasamples[0] if page.extrasamples else None
-        notes = _frame_notes(len(tiff.pages))
-        tags = {number: page.tags[number].value for number in (274, 34675) if number in page.tags}
-        has_unit = 296 in page.tags and page.tags[296].value != tifffile.RESUNIT.NONE
-        dpi = page.get_resolution(tifffile.RESUNIT.INCH) if has_unit and 282 in page.tags else None
-    if kind == tifffile.PHOTOMETRIC.MINISWHITE:
-        values[:, :, 0] = 65535 - values[:, :, 0]
-    gray = values.shape[2] < 3
-    colours, alpha = values[:, :, :1] if gray else values[:, :, :3], None
-    if values.shape[2] in (2, 4):
-        if further == tifffile.EXTRASAMPLE.UNSPECIFIED:
-            notes += (_UNKNOWN_CHANNEL,)
-        else:
-            alpha = values[:, :, -1]
-        if further == tifffile.EXTRASAMPLE.ASSOCALPHA:
-            colours = _unmultiplied(colours, alpha)
-    pixels = np.repeat(colours, 3, 2) if gray else colours
-    orientation, dpi = int(tags.get(274, 1)), _plain_dpi(dpi)
-    if turned:
-        dpi, orientation = _turned_dpi(dpi, orientation), 1
-    return _upright(Photo(pixels, alpha, gray, tags.get(34675), dpi, notes), orientation)
-
-
-_DEEP_KINDS = (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.MINISWHITE, tifffile.PHOTOMETRIC.RGB)
-
-
-def _unmultiplied(colours: NDArray, alpha: NDArray) -> NDArray:
-    """Colours that were stored multiplied by alpha."""
-    divisor = np.maximum(alpha, 1)[:, :, None].astype(np.float32) / 65535
-    return np.clip(np.round(colours / divisor), 0, 65535).astype(np.uint16)
-
-
-def _samples(page: tifffile.TiffPage, data: bytes) -> tuple[NDArray, bool]:
-    """(H, W, 1 to 4), and whether they are turned already as the tag Orientation says."""
-    turned = False
-    try:
-        values = page.asarray()
-    except (ValueError, NotImplementedError):  # a compression that needs further packages; OpenCV knows the usual ones
-        values, turned = decode_deep(data), True
-        if values is None or values.dtype != np.uint16:
-            raise
-        values = values if values.ndim == 2 else values[:, :, [2, 1, 0, 3][: values.shape[2]]]
-    if not turned and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and values.ndim == 3 and values.shape[0] == page.samplesperpixel:
-        values = np.moveaxis(values, 0, 2)
-    values = values[:, :, None] if values.ndim == 2 else values
-    if values.ndim != 3 or values.shape[2] > 4:
-        raise UnsupportedError(f"its samples lie as {values.shape}, not as at most RGB and alpha")
-    return values.copy(), turned
-
-
-def _upright(photo: Photo, orientation: int) -> Photo:
-    """As EXIF's tag 274 says; for arrays, as Pillow's own function cuts to 8 bits."""
-
-    def turned(values: NDArray) -> NDArray:
-        if orientation in (2, 4, 5, 7):
-            values = values[:, ::-1]
-        return np.ascontiguousarray(np.rot90(values, {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}.get(orientation, 0)))
-
-    alpha = None if photo.alpha is None else turned(photo.alpha)
-    return replace(photo, pixels=turned(photo.pixels), alpha=alpha, dpi=_turned_dpi(photo.dpi, orientation))
+def list_images(folder: str | os.PathLike) -> list[Path]:
+    """The image files of `folder`, sorted by name, without hidden files and other endings."""
+    visible = (file for file in Path(folder).iterdir() if not file.name.startswith("."))
+    return sorted(file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
 
 
 # Writing
 
 
-def check_writable(photo: Photo, suffix: str, size: tuple[int, int]) -> tuple[str, ...]:
-    """Refuse what a format can't hold, before the work is done; returns sentences on what it loses beside pixels.
+def write_image(path: str | os.PathLike, image: RGB) -> None:
+    """Write RGB uint8 (H, W, 3) in the format of the path's ending, WebP without loss; folders are made, and no half file is left.
+
+    Raises:
+        ValueError: the array is no such image, or the ending is unknown.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise ValueError(f"{path}: image is {image.dtype} {image.shape}; it must be uint8 (H, W, 3)")
+    if Path(path).suffix.lower() == ".png":  # by OpenCV, which takes a seventh of Pillow's time for files a fifth larger
+        encoded = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
+        files.write_whole(Path(path), encoded, durable=False)
+    else:
+        write_photo(path, Photo(image), quality=100)
+
+
+def write_photo(path: str | os.PathLike, photo: Photo, quality: int = 95) -> None:
+    """Write a photo in the format of the path's ending; folders are made, and no half file is left.
+
+    Args:
+        quality: of JPEG and WebP, 1 to 100; at 100, WebP is lossless.
+
+    Raises:
+        ValueError: the ending is unknown, or the format can't hold the photo.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"{path}: unknown ending {path.suffix!r}; known are {', '.join(FORMATS)}")
+    check_writable(photo, path.suffix, photo.pixels.shape[:2])
+    kind = FORMATS[path.suffix.lower()]
+    colours = photo.pixels[:, :, :1] if photo.gray else photo.pixels
+    values = colours if photo.alpha is None else np.concatenate([colours, photo.alpha[:, :, None]], 2)  # (H, W, 1 to 4)
+    if kind == "TIFF":
+        encoded = _encode_tiff(values, photo)
+    elif photo.bits == 16:
+        encoded = _encode_deep_png(values, photo)
+    else:
+        encoded = _encode_with_pillow(values, photo, kind, quality)
+    files.write_whole(path, encoded, durable=False)
+
+
+def check_writable(photo: Photo, suffix: str, size: tuple[int, ...]) -> tuple[str, ...]:
+    """Refuse what a format can't hold, before hours of work; returns sentences on what the format loses beside pixels.
 
     Args:
         suffix: of the file to write, as ".jpg".
-        size: (height, width) of the picture to write.
+        size: (height, width) of the image to write.
 
     Raises:
-        ValueError: the format knows no alpha, no 16 bits or no picture of this size.
+        ValueError: the format holds no alpha, no 16 bits or no image of this size.
     """
     kind = FORMATS[suffix.lower()]
     if photo.alpha is not None and kind in ("JPEG", "BMP"):
-        raise ValueError(f"the picture has alpha, which {kind} doesn't hold; choose --output_format png, webp or tif")
+        raise ValueError(f"the image has alpha, which {kind} doesn't hold; choose --output_format png, webp or tif")
     if photo.bits == 16 and kind not in ("PNG", "TIFF"):
-        raise ValueError(f"the picture has 16 bits a channel, which {kind} doesn't hold; choose --output_format png or tif")
-    if max(size) > LONGEST_SIDE.get(kind, max(size)):
-        raise ValueError(
-            f"the result would be {size[1]}x{size[0]}, but {kind} holds {LONGEST_SIDE[kind]} at most; choose --output_format png"
-        )
+        raise ValueError(f"the image has 16 bits a channel, which {kind} doesn't hold; choose --output_format png or tif")
+    longest = {"JPEG": 65535, "WEBP": 16383}.get(kind, max(size))  # pixels, by the formats' definitions
+    if max(size) > longest:
+        raise ValueError(f"the result would be {size[1]}x{size[0]}, but {kind} holds {longest} at most; choose --output_format png")
     notes = []
     if photo.icc_profile and not _holds_profile(photo, kind):
-        notes.append(f"{kind} can't hold the colour profile of this picture; its colours may look a little different")
+        notes.append(f"{kind} can't hold the colour profile of this image; its colours may look a little different")
     if photo.dpi and kind == "WEBP":
         notes.append("WEBP holds no resolution (dpi)")
     return tuple(notes)
@@ -549,52 +208,298 @@ def _holds_profile(photo: Photo, kind: str) -> bool:
     return kind != "BMP" and not (kind == "WEBP" and photo.gray)  # WebP has no gray, and a gray profile doesn't fit RGB
 
 
-def write_photo(path: str | os.PathLike, photo: Photo, quality: int = 95) -> None:
-    """Write a picture in the format that the name's ending says; folders are made, and no half file is left.
+# Errors
 
-    Args:
-        quality: of JPEG and WebP, 1 to 100; at 100, WebP is lossless.
 
-    Raises:
-        ValueError: an unknown ending, or what the format can't hold.
-    """
+class _RefusedError(ValueError):
+    """A sound image that is too large or of an unsupported kind; the message says what to do."""
+
+
+_DECODING_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, ArithmeticError, EOFError, LookupError, RuntimeError, struct.error, zlib.error, cv2.error,
+    tifffile.TiffFileError,
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def _open(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to decode; what the decoders raise becomes a ValueError of one line that names the file."""
     path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"{path}: unknown ending {path.suffix!r}; known are {', '.join(FORMATS)}")
-    check_writable(photo, path.suffix, photo.pixels.shape[:2])
-    kind = FORMATS[path.suffix.lower()]
-    if kind == "TIFF":
-        encoded = _encode_tiff(photo)
-    elif photo.bits == 16:
-        encoded = _encode_deep_png(photo)
-    else:
-        encoded = _encode_with_pillow(photo, kind, quality)
-    write_bytes(path, encoded)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise ValueError(f"{path}: the file is empty; copy or download it again")
+        try:
+            yield file
+        except _RefusedError as error:
+            raise ValueError(f"{path}: {error}") from None
+        except UnidentifiedImageError:
+            raise ValueError(f"{path}: not an image of a known format; known are {', '.join(IMAGE_SUFFIXES)}") from None
+        except MemoryError:
+            raise ValueError(f"{path}: too little memory to read it; free some, or copy the file again if it is damaged") from None
+        except _DECODING_ERRORS as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError(f"{path}: the image is damaged or cut off ({reason}); copy or download it again") from None
 
 
-def _channels(photo: Photo) -> NDArray:
-    """(H, W, 1 to 4): gray or RGB, then alpha."""
-    colours = photo.pixels[:, :, :1] if photo.gray else photo.pixels
-    return colours if photo.alpha is None else np.concatenate([colours, photo.alpha[:, :, None]], 2)
+# Headers
+
+_PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")  # others may start programs, as EPS does
 
 
-def _encode_with_pillow(photo: Photo, kind: str, quality: int) -> bytes:
-    values = _channels(photo)
+def _open_with_pillow(file: BinaryIO) -> Image.Image:
+    """An image of plausible size, not decoded yet. Raises UnidentifiedImageError where Pillow doesn't know it."""
+    file.seek(0)
+    try:
+        image = Image.open(file, formats=_PILLOW_FORMATS)
+    except Image.DecompressionBombError as error:  # beyond Pillow's own limit
+        raise _RefusedError(f"more than {MAX_PIXELS:,} pixels; cut it into parts ({error})") from None
+    kind = image.format or ""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        kind += f" {image.tag_v2.get(259, 1)}"
+    elif kind == "BMP":
+        kind += f" {image.info.get('compression', 0)}"
+    _check_size(file, image.width, image.height, kind)
+    return image
+
+
+def _open_with_tifffile(file: BinaryIO) -> tifffile.TiffPage:
+    """The first page of a TIFF, as `_open_with_pillow`."""
+    file.seek(0)
+    if file.read(4) not in TiffImagePlugin.PREFIXES:
+        raise UnidentifiedImageError
+    file.seek(0)
+    page = tifffile.TiffFile(file).pages.first
+    _check_size(file, page.imagewidth, page.imagelength, f"TIFF {int(page.compression)}")
+    return page
+
+
+def _tag(page: tifffile.TiffPage, number: int) -> Any:
+    return page.tags[number].value if number in page.tags else None
+
+
+# What a byte of a file can hold at most: deflate takes 2 bits for a run of 258 bytes, LZW a code of 9 bits for 4096, PackBits 2 bytes
+# for 128, and JPEG 1 bit for a block of 64 pixels. The number behind TIFF and BMP is their compression.
+_PIXELS_PER_BYTE = {
+    "PNG": 8 * 1032, "JPEG": 512, "MPO": 512, "BMP 0": 8, "TIFF 1": 8, "TIFF 5": 8 * 3641, "TIFF 7": 512, "TIFF 8": 8 * 1032,
+    "TIFF 32773": 8 * 64, "TIFF 32946": 8 * 1032,
+}  # fmt: skip
+
+# WebP's decoder takes three times the memory of others; BMP with runs takes as long for 10 megapixels as others for 110
+_LOWER_LIMITS = {"WEBP": 40_000_000, "BMP 1": 10_000_000, "BMP 2": 10_000_000}  # pixels
+
+
+def _check_size(file: BinaryIO, width: int, height: int, kind: str) -> None:
+    """Refuse an image that takes too much memory, and a header that lies."""
+    limit = min(MAX_PIXELS, _LOWER_LIMITS.get(kind, MAX_PIXELS))
+    if width * height > limit:
+        raise _RefusedError(f"more than {limit:,} pixels; cut it into parts (it is {width}x{height})")
+    length = os.fstat(file.fileno()).st_size
+    if width < 1 or height < 1 or width * height > length * _PIXELS_PER_BYTE.get(kind, MAX_PIXELS):
+        raise ValueError(f"its header says {width}x{height}, but there are {length} bytes")
+
+
+# Decoding
+
+
+def _decode(file: BinaryIO, orient: bool) -> tuple[Image.Image | Photo, int]:
+    """The first image of a file, and the EXIF orientation that its pixels still need (1 without `orient`).
+
+    Images of 8 bits come as Pillow's, so that callers convert only what they want; images of 16 bits come as a Photo.
+    """
+    try:
+        image = _open_with_pillow(file)
+    except UnidentifiedImageError:  # Pillow doesn't know every TIFF
+        return _decode_tiff(file), 1
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        if max(image.tag_v2.get(258, (1,))) > 8:  # BitsPerSample, of each channel
+            return _decode_tiff(file), 1
+        on_its_side = image.tag_v2.get(274) in _ON_ITS_SIDE
+        image.load()  # which also applies the orientation, but leaves the resolution
+        if on_its_side and "dpi" in image.info:
+            image.info["dpi"] = image.info["dpi"][::-1]
+        return image, 1
+    image.load()
+    orientation = image.getexif().get(274, 1) if orient else 1
+    file.seek(24)
+    if image.format == "PNG" and file.read(1) == b"\x10":  # bits a channel
+        return _decode_deep_png(file, image), orientation
+    if image.mode == "I":  # a PGM with more than 8 bits, scaled to 16 by Pillow
+        return _split(np.asarray(image)[:, :, None].astype(np.uint16)), orientation
+    if image.mode == "F":
+        raise _RefusedError("its pixels are floating-point numbers; convert it to 8 or 16 bits first")
+    return image, orientation
+
+
+_ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations with height and width swapped
+
+
+def _rotate(values: NDArray, orientation: int) -> NDArray:
+    """Upright pixels, for EXIF's orientation (tag 274)."""
+    if orientation in (2, 4, 5, 7):
+        values = values[:, ::-1]
+    return np.ascontiguousarray(np.rot90(values, {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}.get(orientation, 0)))
+
+
+def _strips(height: int, width: int) -> Iterator[slice]:
+    """Slices of rows: copies of a whole image by Pillow and NumPy would take 14 bytes a pixel."""
+    step = max(1, 2**20 // width)
+    return (slice(top, min(top + step, height)) for top in range(0, height, step))
+
+
+# 8 bits
+
+
+def _to_array(image: Image.Image, mode: str) -> NDArray[np.uint8]:
+    """(H, W, 3) of "RGB", or (H, W) of alpha alone, "A"."""
+    values = np.empty((image.height, image.width, 3) if mode == "RGB" else (image.height, image.width), np.uint8)
+    for rows in _strips(image.height, image.width):
+        strip = image.crop((0, rows.start, image.width, rows.stop))
+        if strip.mode == "La":  # Pillow converts it to LA only
+            strip = strip.convert("LA")
+        if mode == "A" or strip.mode in ("P", "PA", "RGBa"):
+            strip = strip.convert("RGBA")
+        values[rows] = np.asarray(strip.getchannel("A") if mode == "A" else strip.convert("RGB"))
+    return values
+
+
+def _to_photo(image: Image.Image, file: BinaryIO) -> Photo:
+    profile, alpha = image.info.get("icc_profile"), None
+    frames = getattr(_open_with_pillow(file), "n_frames", 1)  # opened again, as counting moves to other frames
+    notes = _note_on_frames(frames if image.format != "MPO" else 1)  # MPO: a camera's JPEG with its previews
+    if image.mode == "RGBX":
+        notes += (_UNKNOWN_CHANNEL,)
+    if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        alpha = _to_array(image, "A")
+    dpi, gray = _plausible_dpi(image.info.get("dpi")), image.mode in ("1", "L", "LA", "La")
+    if image.mode in ("CMYK", "LAB", "YCbCr"):
+        image, profile = _to_srgb(image, profile), None
+    return Photo(_to_array(image, "RGB"), alpha, gray, profile, dpi, notes)
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """RGB by the image's profile; without a usable one, by the plain formulas."""
+    sources: list[Any] = [io.BytesIO(profile)] if profile else []
+    sources += [ImageCms.createProfile("LAB")] if image.mode == "LAB" else []
+    for source in sources:
+        with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):  # damaged, or for another kind of image
+            transform = ImageCms.buildTransform(ImageCms.ImageCmsProfile(source), ImageCms.createProfile("sRGB"), image.mode, "RGB")
+            return transform.apply(image)
+    return image.convert("RGB")
+
+
+def _note_on_frames(count: int) -> tuple[str, ...]:
+    return (f"it holds {count} pages or frames, of which only the first is taken",) if count > 1 else ()
+
+
+_UNKNOWN_CHANNEL = "it has a further channel, which is not said to be alpha and was left out"
+
+
+def _plausible_dpi(dpi: Any) -> tuple[float, float] | None:
+    if dpi is None or not all(0 < float(value) < 1e6 for value in dpi):
+        return None
+    return float(dpi[0]), float(dpi[1])
+
+
+# 16 bits
+
+
+def _split(values: NDArray) -> Photo:
+    """A photo from (H, W, 1 to 4): gray or RGB, then alpha."""
+    gray = values.shape[2] < 3
+    pixels = np.repeat(values[:, :, :1], 3, 2) if gray else values[:, :, :3]
+    return Photo(pixels, values[:, :, -1] if values.shape[2] in (2, 4) else None, gray)
+
+
+def _decode_deep_png(file: BinaryIO, image: Image.Image) -> Photo:
+    """All bits of a PNG, of which Pillow has read the rest."""
+    file.seek(0)
+    data = file.read()
+    values = _decode_with_opencv(_without_metadata(data), image.size)
+    if data[25] == 4:  # the header's colour type: gray and alpha, which OpenCV makes BGRA
+        values = values[:, :, 2:]
+    photo = _split(values)
+    if "transparency" in image.info:
+        transparent = (photo.pixels == np.asarray(image.info["transparency"])).all(2)
+        photo = replace(photo, alpha=np.where(transparent, 0, 65535).astype(np.uint16))
+    return replace(photo, icc_profile=image.info.get("icc_profile"), dpi=_plausible_dpi(image.info.get("dpi")))
+
+
+def _without_metadata(png: bytes) -> bytes:
+    """Header and pixels of a PNG alone, as OpenCV takes the memory that any chunk's length asks for."""
+    parts, start = [png[:8]], 8
+    while start + 12 <= len(png):
+        end = start + 12 + int.from_bytes(png[start : start + 4], "big")
+        if end > len(png):
+            break
+        if png[start + 4 : start + 8] in (b"IHDR", b"IDAT"):
+            parts.append(png[start:end])
+        start = end
+    return b"".join([*parts, _png_chunk(b"IEND", b"")])
+
+
+def _decode_with_opencv(data: bytes, size: tuple[int, int], dtype: Any = np.uint16) -> NDArray:
+    """(H, W, 1 to 4), gray, RGB or RGBA; a TIFF comes upright."""
+    values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # gray, BGR or BGRA
+    if values is None or values.dtype != dtype or sorted(values.shape[:2]) != sorted(size):
+        found = "nothing" if values is None else f"{values.dtype} {values.shape}"
+        raise ValueError(f"its header says {np.dtype(dtype)}, {size[0]}x{size[1]}, but OpenCV finds {found}")
+    return values[:, :, None] if values.ndim == 2 else values[:, :, [2, 1, 0, 3][: values.shape[2]]]
+
+
+def _decode_tiff(file: BinaryIO) -> Photo:
+    page = _open_with_tifffile(file)
+    kind, count, orientation = page.photometric, page.samplesperpixel, _tag(page, 274)
+    readable = (page.dtype, page.bitspersample) in ((np.uint8, 8), (np.uint16, 16)) and kind in _TIFF_KINDS
+    if not readable or count > 4 or page.imagedepth != 1:
+        found = f"{count} x {page.dtype} of {page.bitspersample} bits, photometric {int(kind)}, depth {page.imagedepth}"
+        raise _RefusedError(f"its samples are {found}; convert it to gray or RGB of 8 or 16 bits first")
+    peak = np.iinfo(page.dtype).max
+    try:
+        planes = page.asarray(squeeze=False, maxworkers=1)[:, 0]  # (planes, H, W, samples), of which one number is 1
+        values = _rotate(np.moveaxis(planes, 0, 2).reshape(*planes.shape[1:3], count), orientation).copy()
+    except (ValueError, NotImplementedError, ImportError):  # the compression needs further packages; OpenCV knows the usual ones
+        file.seek(0)
+        values = _decode_with_opencv(file.read(), (page.imagewidth, page.imagelength), page.dtype)
+    if kind == tifffile.PHOTOMETRIC.MINISWHITE:
+        values[:, :, 0] = peak - values[:, :, 0]
+    photo = _split(values)
+    notes = _note_on_frames(len(page.parent.pages))
+    further = page.extrasamples[0] if photo.alpha is not None and page.extrasamples else None
+    if further == tifffile.EXTRASAMPLE.UNSPECIFIED:
+        photo, notes = replace(photo, alpha=None), (*notes, _UNKNOWN_CHANNEL)
+    elif further == tifffile.EXTRASAMPLE.ASSOCALPHA:  # the pixels were multiplied by it
+        divisor = np.maximum(values[:, :, -1:], 1).astype(np.float32) / peak
+        photo = replace(photo, pixels=np.clip(np.round(photo.pixels / divisor), 0, peak).astype(values.dtype))
+    has_unit = _tag(page, 296) not in (None, tifffile.RESUNIT.NONE) and 282 in page.tags
+    dpi = _plausible_dpi(page.get_resolution(tifffile.RESUNIT.INCH) if has_unit else None)
+    dpi = dpi[::-1] if dpi and orientation in _ON_ITS_SIDE else dpi
+    return replace(photo, icc_profile=_tag(page, 34675), dpi=dpi, notes=notes)
+
+
+_TIFF_KINDS = (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.MINISWHITE, tifffile.PHOTOMETRIC.RGB)
+
+
+# Encoding
+
+
+def _encode_with_pillow(values: NDArray, photo: Photo, kind: str, quality: int) -> bytes:
     image = Image.fromarray(np.ascontiguousarray(values[:, :, 0] if values.shape[2] == 1 else values))  # L, LA, RGB or RGBA
     options: dict[str, Any] = {"icc_profile": photo.icc_profile} if photo.icc_profile and _holds_profile(photo, kind) else {}
-    options |= {"dpi": photo.dpi} if photo.dpi and kind != "WEBP" else {}
+    if photo.dpi and kind != "WEBP":
+        options["dpi"] = photo.dpi
     if kind == "JPEG":
         options |= {"quality": quality, "subsampling": 0}
     if kind == "WEBP":
         options |= {"quality": quality, "lossless": quality == 100, "exact": True}
-        image = image.convert("RGBA" if photo.alpha is not None else "RGB")  # it knows no gray
+        image = image.convert("RGB" if photo.alpha is None else "RGBA")  # it knows no gray
     encoded = io.BytesIO()
     image.save(encoded, kind, **options)
     return encoded.getvalue()
 
 
-def _encode_tiff(photo: Photo) -> bytes:
-    values = _channels(photo)
+def _encode_tiff(values: NDArray, photo: Photo) -> bytes:
     encoded = io.BytesIO()
     tifffile.imwrite(
         encoded,
@@ -612,13 +517,11 @@ def _encode_tiff(photo: Photo) -> bytes:
     return encoded.getvalue()
 
 
-def _encode_deep_png(photo: Photo) -> bytes:
-    """PNG of 16 bits with a colour profile and a resolution, which neither Pillow nor OpenCV writes (PNG, third edition)."""
-    values = _channels(photo)
+def _encode_deep_png(values: NDArray, photo: Photo) -> bytes:
+    """PNG of 16 bits with colour profile and resolution, which neither Pillow nor OpenCV writes (PNG, third edition)."""
     height, width, count = values.shape
     rows = np.ascontiguousarray(values, ">u2").view(np.uint8).reshape(height, -1)
-    filtered = np.empty((height, rows.shape[1] + 1), np.uint8)
-    filtered[:, 0] = 2  # each row as its difference from the one above
+    filtered = np.full((height, rows.shape[1] + 1), 2, np.uint8)  # filter 2: each row as its difference from the one above
     filtered[0, 1:] = rows[0]
     np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[count], 0, 0, 0))]
@@ -626,9 +529,9 @@ def _encode_deep_png(photo: Photo) -> bytes:
         chunks.append((b"iCCP", b"ICC profile\0\0" + zlib.compress(photo.icc_profile)))
     if photo.dpi:
         chunks.append((b"pHYs", struct.pack(">IIB", *(round(value / 0.0254) for value in photo.dpi), 1)))  # pixels a metre
-    chunks += [(b"IDAT", zlib.compress(filtered, 6)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(name, data) for name, data in chunks)
+    chunks += [(b"IDAT", zlib.compress(filtered.data, 6)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_png_chunk(name, data) for name, data in chunks)
 
 
-def _chunk(name: bytes, data: bytes) -> bytes:
+def _png_chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

@@ -1,14 +1,16 @@
-"""Pure functions on pixels: reading and writing, MATLAB's bicubic, degradations, crops and turns, PSNR and SSIM.
+"""Arithmetic on pixels: MATLAB's bicubic, degradations, crops, flips and rotations, PSNR and SSIM.
 
 An image is RGB uint8, (H, W, 3), everywhere in this file.
 
     gt = read_image("baby.png")
-    lr = degrade(gt, upscale_factor=4)                # what the paper's network is given
+    lr = degrade(gt, upscale_factor=4)                # the paper's input of the network
     psnr(sr, gt, border=4), ssim(sr, gt, border=4)    # as the papers count them
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,13 +18,11 @@ from numpy.typing import NDArray
 from scipy import ndimage, sparse
 
 from image_files import RGB
-from image_files import read_image as read_image  # stable names: other programs call imgproc.read_image and imgproc.write_image
+from image_files import read_image as read_image  # other programs call imgproc.read_image and imgproc.write_image
 from image_files import write_image as write_image
 
 DEGRADATIONS = ("BI", "BD", "DN")
 SSIM_WINDOW = 11  # pixels
-
-cv2.setNumThreads(0)  # its threads do not survive a fork, as in workers; each call here is too small to gain from them
 
 
 # MATLAB's bicubic
@@ -48,14 +48,14 @@ def imresize(image: NDArray, scale: float) -> NDArray:
 
 
 def imresize_to(image: NDArray, height: int, width: int) -> NDArray:
-    """MATLAB's `imresize(image, [height width], 'bicubic')`: as `imresize`, to a size, each side with a scale of its own.
+    """MATLAB's `imresize(image, [height width], 'bicubic')`: as `imresize`, with a scale of its own for each side.
 
     Raises:
         ValueError: another type or shape, or a side below 1.
     """
     _check_resizable(image)
     if min(height, width) < 1:
-        raise ValueError(f"a picture of {width}x{height} can't be made: each side must be at least 1")
+        raise ValueError(f"the size {width}x{height} must be at least 1x1")
     return _resize(image, (height, width), (height / image.shape[0], width / image.shape[1]))
 
 
@@ -76,14 +76,14 @@ def _resize_first_axis(image: NDArray, new_size: int, scale: float) -> NDArray:
     resized = np.empty((new_size, lines.shape[1]), image.dtype)
     for start in range(0, lines.shape[1], _STRIP):
         strip = slice(start, start + _STRIP)
-        values = weights @ lines[:, strip].astype(np.float64)  # taps are added in their order, as MATLAB does
+        values = weights @ lines[:, strip].astype(np.float64)  # adds the taps in their order, as MATLAB does
         values += 0.5
-        np.clip(values, 0, peak, out=values)  # 255 + 0.5 is cut to 255, as it would be by rounding first
-        resized[:, strip] = values  # to integers: drops the fraction, so that halves went up
+        np.clip(values, 0, peak, out=values)
+        resized[:, strip] = values  # drops the fraction, so halves are rounded up
     return resized.reshape(-1, *image.shape[1:])
 
 
-_STRIP = 256  # columns at a time, so that float64 copies stay in the cache
+_STRIP = 256  # columns at a time: their float64 copies stay in the cache
 
 
 @lru_cache(maxsize=256)
@@ -113,7 +113,7 @@ def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def degrade(gt: RGB, upscale_factor: int, degradation: str = "BI", seed: int = 0) -> RGB:
-    """Make the LR image that the paper's protocol gives to the network (RCAN, section 4.1).
+    """Make the LR image of the paper's protocol (RCAN, section 4.1).
 
     "BI" is MATLAB's bicubic. "BD" blurs with a Gaussian of sigma 1.6, rounds, and takes every scale-th pixel.
     "DN" is BI with Gaussian noise of sigma 30 of 255, drawn from `seed`.
@@ -131,7 +131,8 @@ def degrade(gt: RGB, upscale_factor: int, degradation: str = "BI", seed: int = 0
     if degradation == "BI":
         return imresize(gt, 1 / upscale_factor)
     if degradation == "BD":
-        return _blur(gt, upscale_factor)[(upscale_factor - 1) // 2 :: upscale_factor, (upscale_factor - 1) // 2 :: upscale_factor].copy()
+        start = (upscale_factor - 1) // 2
+        return _blur(gt, upscale_factor)[start::upscale_factor, start::upscale_factor].copy()
     if degradation == "DN":
         lr = imresize(gt, 1 / upscale_factor)
         noise = np.random.default_rng(seed).normal(0, 30, lr.shape)
@@ -140,18 +141,18 @@ def degrade(gt: RGB, upscale_factor: int, degradation: str = "BI", seed: int = 0
 
 
 def _blur(gt: RGB, upscale_factor: int, sigma: float = 1.6) -> RGB:
-    """Gaussian of the paper's BD: 7 wide at odd scales, 12 at even ones, where its centre lies between two pixels."""
+    """The Gaussian of the paper's BD: 7 pixels wide at odd scales; 12 at even ones, centred between two pixels."""
     width = 7 if upscale_factor % 2 else 2 * math.ceil(3 * sigma) + 2
     offsets = np.arange(width) - (width - 1) / 2
     kernel = np.exp(-(offsets**2) / (2 * sigma**2))
     kernel /= kernel.sum()
-    blurred = gt.astype(np.float64)
+    blurred: NDArray = gt.astype(np.float64)
     for axis in (0, 1):  # an even kernel's middle tap is the left one of the two, as in MATLAB's imfilter
         blurred = ndimage.correlate1d(blurred, kernel, axis, mode="nearest", origin=0 if width % 2 else -1)
     return np.floor(blurred + 0.5).astype(np.uint8)
 
 
-# Crops and turns
+# Crops, flips and rotations
 
 
 def crop_to_multiple(image: RGB, factor: int) -> RGB:
@@ -160,16 +161,16 @@ def crop_to_multiple(image: RGB, factor: int) -> RGB:
 
 
 def flip_rotate(image: RGB, orientation: int) -> RGB:
-    """One of the eight ways to lay a picture down: `orientation % 4` quarter turns to the left, mirrored first from 4 on."""
+    """One of eight orientations: flipped horizontally from 4 on, then rotated counter-clockwise by `orientation % 4` quarters."""
     if orientation not in range(8):
         raise ValueError(f"orientation={orientation} must be 0 to 7")
-    for operation in _TURNS[orientation]:
+    for operation in _FLIPS_ROTATIONS[orientation]:
         image = operation(image)
     return image
 
 
-# OpenCV's copies are 15 times as fast as NumPy's strided ones; a mirrored quarter turn is a transposition
-_TURNS = (
+# OpenCV copies 15 times as fast as NumPy with strides. A flip and a quarter rotation are a transposition.
+_FLIPS_ROTATIONS: tuple[tuple[Callable[..., Any], ...], ...] = (
     (),
     (partial(cv2.rotate, rotateCode=cv2.ROTATE_90_COUNTERCLOCKWISE),),
     (partial(cv2.rotate, rotateCode=cv2.ROTATE_180),),
@@ -193,9 +194,9 @@ def psnr(sr: RGB, gt: RGB, border: int, only_y_channel: bool = True) -> float:
     """Peak signal-to-noise ratio in dB, peak 255; equal images give inf.
 
     Args:
-        sr, gt: uint8 (H, W, 3), of one size.
-        border: pixels dropped on each side; the scale, in the papers' protocol.
-        only_y_channel: of MATLAB's Y, as the papers count, or else of all three channels together.
+        sr, gt: uint8 (H, W, 3), of the same size.
+        border: pixels dropped on each side; in the papers, the scale.
+        only_y_channel: compare MATLAB's Y, as the papers do; else all three channels together.
     """
     difference = np.subtract(*_comparable(sr, gt, border, only_y_channel))
     mean_square = np.mean(difference * difference)
@@ -205,11 +206,12 @@ def psnr(sr: RGB, gt: RGB, border: int, only_y_channel: bool = True) -> float:
 def ssim(sr: RGB, gt: RGB, border: int, only_y_channel: bool = True) -> float:
     """Structural similarity (Wang et al. 2004): 11x11 Gaussian of sigma 1.5, valid region only, K = (0.01, 0.03), L = 255.
 
-    Arguments as for `psnr`; without `only_y_channel`, the mean over the three channels.
+    Arguments as for `psnr`; without `only_y_channel`, the result is the mean over the three channels.
     """
     sr_values, gt_values = _comparable(sr, gt, border, only_y_channel)
     if min(sr_values.shape[:2]) < SSIM_WINDOW:
-        raise ValueError(f"images of {sr.shape[1]}x{sr.shape[0]} less a border of {border} are smaller than SSIM's window of {SSIM_WINDOW}")
+        size = f"{sr.shape[1]}x{sr.shape[0]}"
+        raise ValueError(f"images of {size} without a border of {border} are smaller than SSIM's window of {SSIM_WINDOW}")
     sr_mean, gt_mean = _window_mean(sr_values), _window_mean(gt_values)
     sr_variance = _window_mean(sr_values**2) - sr_mean**2
     gt_variance = _window_mean(gt_values**2) - gt_mean**2
@@ -224,14 +226,15 @@ def _window_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     radius = SSIM_WINDOW // 2
     kernel = np.exp(-(np.arange(-radius, radius + 1) ** 2) / (2 * 1.5**2))
     kernel /= kernel.sum()
-    return cv2.sepFilter2D(values, cv2.CV_64F, kernel, kernel)[radius:-radius, radius:-radius]
+    blurred: NDArray = cv2.sepFilter2D(values, cv2.CV_64F, kernel, kernel)
+    return blurred[radius:-radius, radius:-radius]
 
 
 def _comparable(sr: RGB, gt: RGB, border: int, only_y_channel: bool) -> list[NDArray[np.float64]]:
     for name, image in (("sr", sr), ("gt", gt)):
         _check_image(image, name)
     if sr.shape != gt.shape:
-        raise ValueError(f"sr is {sr.shape[1]}x{sr.shape[0]}, but gt {gt.shape[1]}x{gt.shape[0]}; they must be of one size")
+        raise ValueError(f"sr is {sr.shape[1]}x{sr.shape[0]}, but gt {gt.shape[1]}x{gt.shape[0]}; they must be of the same size")
     if border < 0 or min(sr.shape[:2]) <= 2 * border:
         raise ValueError(f"border={border} leaves nothing of an image of {sr.shape[1]}x{sr.shape[0]}")
     inner = (slice(border, sr.shape[0] - border), slice(border, sr.shape[1] - border))

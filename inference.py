@@ -1,7 +1,7 @@
-"""Upscale your own pictures; no originals are needed:
+"""Upscale your own images; no GT images are needed:
 
 python inference.py --model_path results/rcan_x4/best.pth.tar --input photo.jpg --output upscaled
-python inference.py --input photos --output upscaled                # the light network that comes with this repository
+python inference.py --input photos --output upscaled                # the light network of this repository
 python inference.py --input photos --output upscaled --outscale 2.5 --output_format same
 """
 
@@ -9,7 +9,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -31,17 +30,17 @@ from upscaling import upscale
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceConfig:
-    input: str  # a picture, or a folder of pictures, with all folders in it
-    output: str = "results/inference"  # the folder for the upscaled pictures, which keep their names and folders
-    model_path: str = ""  # weights of any known layout; empty: the light network of this repository for upscale_factor
-    upscale_factor: Literal[2, 3, 4, 8] = 4  # which light network to take where model_path is empty
-    outscale: float | None = None  # final size, in times the input's; None: the network's scale. The rest is bicubic
-    output_format: Literal["png", "same", "jpg", "webp", "tif", "bmp"] = "png"  # of the results; same: as the input's
-    quality: int = 95  # of JPEG and WebP, 1 to 100; at 100, WebP is lossless
-    self_ensemble: bool = False  # mean over the eight turns of the picture; eight times as slow
-    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"  # of the network; auto: bf16 where the device is fast at it
-    tile: int = 0  # side of tiles, LR pixels, for pictures too large for memory even in strips; changes the result. 0: none
-    tile_overlap: int = 32  # LR pixels that tiles share and are blended over
+    input: str  # read this image, or every image in this folder and the folders in it
+    output: str = "results/inference"  # write the upscaled images into this folder, under their names and folders
+    model_path: str = ""  # load weights of any known layout; empty: this repository's light network
+    upscale_factor: Literal[2, 3, 4, 8] = 4  # choose the light network by its scale; unused with model_path
+    outscale: float | None = None  # multiply the input's size by this, adjusting by bicubic; None: the network's scale
+    output_format: Literal["png", "same", "jpg", "webp", "tif", "bmp"] = "png"  # write this format; same: each input's own
+    quality: int = 95  # compress JPEG and WebP to this quality, 1 to 100; at 100, WebP is lossless
+    self_ensemble: bool = False  # average over the eight flips and rotations of the image (RCAN+); eight times as slow
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"  # compute in this precision; auto: bf16 where the device is fast at it
+    tile: int = 0  # cut images into tiles of this side, LR pixels, if memory is too small; changes results; 0: whole images
+    tile_overlap: int = 32  # blend neighbouring tiles over this many LR pixels
 
     def __post_init__(self) -> None:
         if self.outscale is not None and not 0 < self.outscale <= 64:
@@ -55,98 +54,94 @@ class InferenceConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Upscale a file or a folder, print every written path, and list what failed."""
     config = tyro.cli(InferenceConfig, args=argv, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
-    files = find_inputs(Path(config.input), Path(config.output))
-    targets = plan_outputs(files, Path(config.input), Path(config.output), config.output_format)
+    inputs = find_inputs(Path(config.input), Path(config.output))
+    targets = plan_outputs(inputs, Path(config.input), Path(config.output), config.output_format)
     check_folder(Path(config.output))
     runtime = start_runtime()
     path = Path(config.model_path) if config.model_path else released_weights(config.upscale_factor)
     network = weights.load(path).to(runtime.device)
     print(weights.describe(network))
     if config.tile:
-        print(f"tiles of {config.tile} pixels: the network's averages are those of a tile, so the results are not those of whole pictures")
+        print(f"tiles of {config.tile} pixels: the network's attention averages over a tile, so results differ from those of whole images")
     precision = utils.choose_precision(config.precision, runtime.device)
-    options = {"self_ensemble": config.self_ensemble, "precision": precision, "tile": config.tile, "tile_overlap": config.tile_overlap}
-    enlarge = partial(upscale, network, **options)
+
+    def enlarge(image: NDArray) -> NDArray:
+        return upscale(network, image, config.self_ensemble, precision=precision, tile=config.tile, tile_overlap=config.tile_overlap)
+
     failed = []
-    for file in (bar := tqdm(files, "upscaling", unit="image")):
+    for file in (bar := tqdm(inputs, "upscaling", unit="image")):
         try:
             notes = upscale_file(file, targets[file], enlarge, network.upscale_factor, config)
             bar.write("\n    ".join([str(targets[file].absolute()), *notes]))
-        except (ValueError, OSError, MemoryError) as error:  # the others are still wanted
-            problem = explain(error) if isinstance(error, OSError) else str(error) or "there is too little memory for it"
+        except (ValueError, OSError, MemoryError) as error:  # the remaining files are still processed
+            problem = explain(error) if isinstance(error, OSError) else str(error) or "too little memory; free some, or set --tile 256"
             failed.append(problem if str(file) in problem else f"{file}: {problem}")
     if failed:
         listed = "".join(f"\n    {problem}" for problem in failed)
-        raise ValueError(f"{len(failed)} of {len(files)} pictures were not upscaled:{listed}" if len(files) > 1 else failed[0])
+        raise ValueError(f"{len(failed)} of {len(inputs)} images failed:{listed}" if len(inputs) > 1 else failed[0])
 
 
 # Files
 
 
 def find_inputs(path: Path, output: Path) -> list[Path]:
-    """The picture, or those in the folder and its folders; hidden ones and those in `output` are passed over.
+    """The image, or all images in the folder and the folders in it, except hidden ones and those in `output`.
 
     Raises:
-        FileNotFoundError: there is no such path, or no picture in the folder.
+        FileNotFoundError: there is no such path, or no image in the folder.
     """
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such file or folder; give a picture or a folder of pictures with --input")
-    folders = [path, *sorted(folder for folder in path.rglob("*") if folder.is_dir() and not _is_hidden(folder.relative_to(path)))]
-    inside = output.resolve() if output.resolve() != path.resolve() else None
-    folders = [folder for folder in folders if inside is None or not folder.resolve().is_relative_to(inside)]
-    files = [file for folder in folders for file in image_files.list_images(folder)]
-    if not files:
-        raise FileNotFoundError(f"{path.absolute()}: no picture in it; known endings are {', '.join(image_files.IMAGE_SUFFIXES)}")
-    return files
+        raise FileNotFoundError(f"{path}: no such file or folder; give an image or a folder of images with --input")
+    results = output.resolve() if output.resolve() != path.resolve() else None
+    found = []
+    for folder in [path, *sorted(folder for folder in path.rglob("*") if folder.is_dir())]:
+        is_hidden = any(part.startswith(".") for part in folder.relative_to(path).parts)
+        if not is_hidden and (results is None or not folder.resolve().is_relative_to(results)):
+            found += image_files.list_images(folder)
+    if not found:
+        raise FileNotFoundError(f"{path.absolute()}: no image in it; known endings are {', '.join(image_files.IMAGE_SUFFIXES)}")
+    return found
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def plan_outputs(files: Sequence[Path], root: Path, folder: Path, output_format: str) -> dict[Path, Path]:
-    """Where each upscaled picture goes: its own name and folder; two that would share a name keep their endings in it.
+def plan_outputs(inputs: Sequence[Path], root: Path, folder: Path, output_format: str) -> dict[Path, Path]:
+    """The path of each result: the name and folder of its input. Inputs that would share a path keep their endings in the name.
 
     Raises:
-        ValueError: one would overwrite an input, two would be one file, or a format can't be written.
+        ValueError: a result would overwrite an input or another result, or its format can't be written.
     """
-    unknown = [file for file in files if file.suffix.lower() not in FORMATS] if output_format == "same" else []
+    unknown = [file for file in inputs if file.suffix.lower() not in FORMATS] if output_format == "same" else []
     if unknown:
         raise ValueError(f"{unknown[0]}: can't be written in its own format; choose --output_format png, jpg, webp, tif or bmp")
-    wanted = {file: _target(file, root, folder, output_format, file.stem) for file in files}
-    shared = Counter(str(target).lower() for target in wanted.values())  # some systems don't tell A from a
-    targets = {
-        file: _target(file, root, folder, output_format, file.name) if shared[str(target).lower()] > 1 else target
-        for file, target in wanted.items()
-    }
+
+    def target(file: Path, name: str) -> Path:
+        nested = file.parent.relative_to(root) if root.is_dir() else Path()
+        return folder / nested / f"{name}{file.suffix.lower() if output_format == 'same' else f'.{output_format}'}"
+
+    shared = Counter(str(target(file, file.stem)).lower() for file in inputs)  # some systems don't tell A from a
+    targets = {file: target(file, file.stem) for file in inputs}
+    targets = {file: target(file, file.name) if shared[str(path).lower()] > 1 else path for file, path in targets.items()}
     taken: dict[str, Path] = {}
-    for file, target in targets.items():
-        other = taken.setdefault(str(target).lower(), file)
+    for file, path in targets.items():
+        other = taken.setdefault(str(path).lower(), file)
         if other != file:
-            raise ValueError(f"{file} and {other} would both be written to {target}: rename one")
-    originals = {file.resolve() for file in files}
-    for file, target in targets.items():
-        if target.resolve() in originals:
-            raise ValueError(f"{target}: would be overwritten by the upscaled {file.name}: choose another --output")
+            raise ValueError(f"{file} and {other} would both be written to {path}: rename one")
+    resolved = {file.resolve() for file in inputs}
+    for file, path in targets.items():
+        if path.resolve() in resolved:
+            raise ValueError(f"{path}: would be overwritten by the upscaled {file.name}: choose another --output")
     return targets
-
-
-def _target(file: Path, root: Path, folder: Path, output_format: str, name: str) -> Path:
-    nested = file.parent.relative_to(root) if root.is_dir() else Path()
-    suffix = file.suffix.lower() if output_format == "same" else f".{output_format}"
-    return folder / nested / f"{name}{suffix}"
 
 
 # Pixels
 
 
 def upscale_file(file: Path, target: Path, enlarge: Callable[[NDArray], NDArray], scale: int, config: InferenceConfig) -> list[str]:
-    """Read, upscale and write one picture; sentences on what a person should know of it.
+    """Read, upscale and write one image; returns notes and warnings for the user.
 
     Raises:
-        OSError, ValueError: it can't be read, upscaled or written; nothing is written then.
+        OSError, ValueError: reading, upscaling or writing fails; nothing is written then.
     """
     photo = read_photo(file)
     height, width = photo.pixels.shape[:2]
@@ -163,7 +158,7 @@ def upscale_file(file: Path, target: Path, enlarge: Callable[[NDArray], NDArray]
 
 
 def enlarge_photo(photo: Photo, enlarge: Callable[[NDArray], NDArray], size: tuple[int, int]) -> Photo:
-    """Colours and alpha by the network, brought to (height, width) by bicubic where it gives another size; gray stays gray."""
+    """Enlarge pixels and alpha by the network, then bicubically to (height, width) where the network gives another size."""
     pixels = _to_size(enlarge(photo.pixels), size)
     if photo.gray:
         pixels = np.repeat(_mean(pixels)[:, :, None], 3, 2)
@@ -181,7 +176,7 @@ def _to_size(image: NDArray, size: tuple[int, int]) -> NDArray:
 
 
 def _mean(image: NDArray) -> NDArray:
-    """(H, W, 3) -> (H, W), rounded, of the same type: what a gray picture's three results have in common."""
+    """(H, W, 3) -> (H, W), rounded, of the same type: the network's three channels of a gray image differ a little."""
     return np.round(image.mean(2)).astype(image.dtype)
 
 

@@ -1,18 +1,17 @@
-"""Pixels: values that others published or that a hand can compute, laws, and every bad file."""
+"""Arithmetic on pixels: values that others published or that a hand can compute, and laws."""
 
 import math
 
-import cv2
 import numpy as np
 import pytest
-from PIL import Image
 from pytest import approx
 from skimage.metrics import structural_similarity
 
 import image_files
 import imgproc
 from helpers import drawn_image, noise_image
-from imgproc import degrade, flip_rotate, imresize, psnr, read_image, ssim, write_image
+from image_files import read_image
+from imgproc import crop_to_multiple, degrade, flip_rotate, imresize, imresize_to, psnr, ssim
 
 
 def gray(value: int, height: int = 16, width: int = 20) -> imgproc.RGB:
@@ -23,7 +22,7 @@ def gray(value: int, height: int = 16, width: int = 20) -> imgproc.RGB:
 
 
 def naive_imresize(image, scale):
-    """FACTS about MATLAB's imresize, a loop a sentence; slow."""
+    """MATLAB's imresize by its definition, one tap after the other; slow."""
 
     def kernel(x):
         x = abs(x)
@@ -57,7 +56,7 @@ def test_lr_images_equal_those_made_by_matlab(data_root, scale):
     files = image_files.list_images(data_root / "Set5" / f"LRbicx{scale}_matlab")
     assert len(files) == 5
     for file in files:
-        gt = imgproc.crop_to_multiple(read_image(data_root / "Set5" / "GT" / file.name), scale)
+        gt = crop_to_multiple(read_image(data_root / "Set5" / "GT" / file.name), scale)
         assert (degrade(gt, scale) != read_image(file)).sum() == 0
 
 
@@ -72,10 +71,26 @@ def test_imresize_gives_sizes_rounded_up_and_takes_one_channel():
     assert (imresize(image[:, :, 0], 2) == imresize(image, 2)[:, :, 0]).all()
 
 
+def test_imresize_to_a_size_is_imresize_by_a_scale():
+    image = noise_image(12, 17)
+    assert (imresize_to(image, 24, 34) == imresize(image, 2)).all()
+    column = np.repeat(image[:, :1], 17, 1)  # all columns alike: only the rows' scale matters
+    assert (imresize_to(column, 6, 17)[:, :9] == imresize(column, 0.5)).all()
+
+
+def test_imresize_keeps_sixteen_bits():
+    deep = np.random.default_rng(1).integers(0, 65536, (12, 17, 4), dtype=np.uint16)
+    halved = imresize(deep, 0.5)
+    assert halved.dtype == np.uint16
+    assert abs(halved / 257 - imresize((deep // 257).astype(np.uint8), 0.5)).max() < 1.6  # of the 8 bits, which are rounded three times
+
+
 @pytest.mark.parametrize(("image", "scale"), [(gray(1) / 1, 2), (gray(1)[:0], 2), (gray(1), 0), (gray(1), -1), (gray(1), math.inf)])
 def test_imresize_refuses_what_it_cannot_do(image, scale):
-    with pytest.raises(ValueError, match=r"uint8|positive"):
+    with pytest.raises(ValueError):
         imresize(image, scale)
+    with pytest.raises(ValueError, match="0x3"):
+        imresize_to(gray(1), 3, 0)
 
 
 # Degradations
@@ -113,9 +128,9 @@ def test_dn_is_bicubic_and_noise_of_30():
 
 
 def test_degrade_refuses_odd_sizes_and_unknown_names():
-    with pytest.raises(ValueError, match="20x16, not a multiple of upscale_factor=3"):
+    with pytest.raises(ValueError, match="upscale_factor=3"):
         degrade(gray(0), 3)
-    with pytest.raises(ValueError, match="'XX' is unknown; known are BI, BD, DN"):
+    with pytest.raises(ValueError, match="'XX'"):
         degrade(gray(0), 2, "XX")
 
 
@@ -161,159 +176,53 @@ def test_ssim_equals_scikit_image(only_y_channel):
 
 
 @pytest.mark.data
-def test_official_pictures_score_what_the_paper_says(data_root):
+def test_official_images_score_what_the_paper_says(data_root):
     scores = []
     for file in image_files.list_images(data_root / "Set5" / "SRx4_rcan_official"):
-        gt = imgproc.crop_to_multiple(read_image(data_root / "Set5" / "GT" / file.name), 4)
+        gt = crop_to_multiple(read_image(data_root / "Set5" / "GT" / file.name), 4)
         scores.append((psnr(read_image(file), gt, 4), ssim(read_image(file), gt, 4)))
-    assert np.mean(scores, 0).round(4).tolist() == approx([32.63, 0.9002], abs=0.005)
     assert f"{np.mean(scores, 0)[0]:.2f} {np.mean(scores, 0)[1]:.4f}" == "32.63 0.9002"
 
 
 @pytest.mark.data
 @pytest.mark.parametrize(("scale", "published"), [(2, 33.66), (3, 30.39), (4, 28.42), (8, 24.40)])
 def test_bicubic_scores_what_is_published(data_root, scale, published):
-    gts = [imgproc.crop_to_multiple(read_image(file), scale) for file in image_files.list_images(data_root / "Set5" / "GT")]
+    gts = [crop_to_multiple(read_image(file), scale) for file in image_files.list_images(data_root / "Set5" / "GT")]
     assert np.mean([psnr(imresize(degrade(gt, scale), scale), gt, scale) for gt in gts]) == approx(published, abs=0.02)
 
 
 def test_metrics_refuse_what_does_not_compare():
-    with pytest.raises(ValueError, match="sr is 20x16, but gt 20x17"):
+    with pytest.raises(ValueError, match=r"20x16.*20x17"):
         psnr(gray(0), gray(0, 17, 20), 0)
-    with pytest.raises(ValueError, match="leaves nothing"):
+    with pytest.raises(ValueError, match="border=8"):
         psnr(gray(0), gray(0), 8)
-    with pytest.raises(ValueError, match="window of 11"):
+    with pytest.raises(ValueError, match="11"):  # SSIM's window
         ssim(gray(0), gray(0), 4)
-    with pytest.raises(ValueError, match="sr is float64"):
+    with pytest.raises(ValueError, match="float64"):
         psnr(gray(0) / 255, gray(0), 0)
 
 
-# Turns
+# Crops, flips and rotations
 
 
-def test_turns_are_numpys():
+def test_flips_and_rotations_are_numpys():
     image = noise_image(5, 7)
     for orientation in range(8):
-        mirrored = image[:, ::-1] if orientation >= 4 else image
-        assert (flip_rotate(image, orientation) == np.rot90(mirrored, orientation % 4)).all()
-
-
-def test_four_quarter_turns_change_nothing():
-    image = noise_image(5, 5)
-    turned = image
-    for _ in range(4):
-        turned = flip_rotate(turned, 1)
-    assert (turned == image).all()
-    assert len({flip_rotate(image, orientation).tobytes() for orientation in range(8)}) == 8
-    with pytest.raises(ValueError, match="0 to 7"):
+        flipped = image[:, ::-1] if orientation >= 4 else image
+        assert (flip_rotate(image, orientation) == np.rot90(flipped, orientation % 4)).all()
+    with pytest.raises(ValueError, match="8"):
         flip_rotate(image, 8)
 
 
-# Files
+def test_a_crop_keeps_the_top_left():
+    image = noise_image(11, 7)
+    assert (crop_to_multiple(image, 3) == image[:9, :6]).all()
 
 
-def saved(path, mode):
-    """Write a 6 x 5 picture in a mode of Pillow's, and what it should be read as."""
-    rgb, level = noise_image(5, 6), noise_image(5, 6)[:, :, 0]
-    three = np.repeat(level[:, :, None], 3, 2)
-    if mode == "I;16":
-        Image.fromarray(level.astype(np.uint16) * 257).save(path)
-        return three
-    if mode == "P":
-        palette = Image.fromarray(rgb).quantize(8)
-        palette.save(path)
-        return np.array(palette.convert("RGB"))
-    if mode == "1":
-        Image.fromarray(level > 127).save(path)
-        return (three > 127).astype(np.uint8) * 255
-    image = {"L": level, "LA": np.stack((level, level // 2), 2), "RGB": rgb, "RGBA": np.dstack((rgb, level))}[mode]
-    Image.fromarray(image).save(path)
-    return three if mode in ("L", "LA") else rgb
+# Names for other programs
 
 
-@pytest.mark.parametrize("suffix", [".png", ".tif"])
-@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "1", "I;16"])
-def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, suffix):
-    path = tmp_path / f"picture{suffix}"
-    expected = saved(path, mode)
-    found = read_image(path)
-    assert found.dtype == np.uint8
-    assert (found == expected).all()
-    assert image_files.image_size(path) == (5, 6)
-
-
-@pytest.mark.parametrize("suffix", [".png", ".tif"])
-@pytest.mark.parametrize("channels", [3, 4])
-def test_16_bit_colour_is_rounded(tmp_path, channels, suffix):
-    deep = np.random.default_rng(0).integers(0, 65536, (5, 6, channels), dtype=np.uint16)
-    path = tmp_path / f"deep{suffix}"
-    cv2.imwrite(str(path), deep)
-    expected = np.floor(deep[:, :, 2::-1] / 257 + 0.5).astype(np.uint8)
-    assert (read_image(path) == expected).all()
-    assert image_files.image_size(path) == (5, 6)
-
-
-def test_cmyk_jpeg_becomes_rgb(tmp_path):
-    Image.fromarray(gray(200)).convert("CMYK").save(tmp_path / "print.jpg")
-    assert abs(read_image(tmp_path / "print.jpg").astype(int) - 200).max() <= 2
-
-
-@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".PNG"])
-def test_what_was_written_is_read_again(tmp_path, suffix):
-    path = tmp_path / "neuer Ordner" / f"画像 ü{suffix}"
-    image = noise_image(7, 9)
-    write_image(path, image)
-    assert (read_image(path) == image).all()
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-
-
-def test_nothing_is_left_of_a_picture_that_cannot_be_written(tmp_path):
-    with pytest.raises(ValueError, match=r"unknown ending '.xyz'"):
-        write_image(tmp_path / "a.xyz", gray(0))
-    with pytest.raises(ValueError, match="float64"):
-        write_image(tmp_path / "a.png", gray(0) / 255)
-    assert not list(tmp_path.iterdir())
-
-
-def broken_files(folder):
-    write_image(folder / "whole.png", noise_image(64, 64))
-    Image.fromarray(noise_image(64, 64)).save(folder / "whole.jpg")
-    deep = cv2.imencode(".png", noise_image(64, 64).astype(np.uint16) * 257)[1]
-    whole = (folder / "whole.png").read_bytes(), (folder / "whole.jpg").read_bytes()
-    return {
-        "empty.png": b"",
-        "cut.png": whole[0][: len(whole[0]) // 2],
-        "cut.jpg": whole[1][: len(whole[1]) // 2],
-        "deep.png": deep.tobytes()[: len(deep) // 2],
-        "header.png": whole[0][:20],
-        "text.png": b"no picture at all",
-        "flipped.png": whole[0][:2000] + bytes([whole[0][2000] ^ 255]) + whole[0][2001:],
-    }
-
-
-@pytest.mark.parametrize("name", ["empty.png", "cut.png", "cut.jpg", "deep.png", "header.png", "text.png", "flipped.png"])
-def test_a_broken_file_is_named(tmp_path, name):
-    (tmp_path / name).write_bytes(broken_files(tmp_path)[name])
-    with pytest.raises(ValueError, match=f"{name}: ") as error:
-        read_image(tmp_path / name)
-    assert "\n" not in str(error.value)
-
-
-def test_a_missing_file_and_a_folder_are_named(tmp_path):
-    for path in (tmp_path / "nothing.png", tmp_path):
-        with pytest.raises(FileNotFoundError, match=f"{path.name}: no such file"):
-            read_image(path)
-
-
-def test_too_many_pixels_are_refused_before_decoding(tmp_path, monkeypatch):
-    write_image(tmp_path / "large.png", gray(0, 20, 20))
-    monkeypatch.setattr(imgproc, "MAX_PIXELS", 399)
-    with pytest.raises(ValueError, match=r"large\.png: more than 399 pixels"):
-        read_image(tmp_path / "large.png")
-
-
-def test_hidden_and_other_files_are_passed_over(tmp_path):
-    for name in (".DS_Store", "Thumbs.db", "._a.png", "notes.txt", "b.JPG", "a.png"):
-        (tmp_path / name).write_bytes(b"x")
-    (tmp_path / "folder.png").mkdir()
-    assert [file.name for file in image_files.list_images(tmp_path)] == ["a.png", "b.JPG"]
+def test_imgproc_reads_and_writes_files(tmp_path):
+    image = noise_image(5, 7)
+    imgproc.write_image(tmp_path / "a.png", image)
+    assert (imgproc.read_image(tmp_path / "a.png") == image).all()

@@ -1,0 +1,257 @@
+"""People's own images: names, folders, formats, sizes, and what happens to the others when one fails."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+import image_files
+import imgproc
+import inference
+import weights
+from helpers import REPOSITORY, Enlarge, drawn_image, noise_image, tiny
+from image_files import Photo, read_photo, write_image, write_photo
+from upscaling import upscale
+
+RGB = drawn_image(12, 17)
+ALPHA = np.ascontiguousarray(noise_image(12, 17, 3)[:, :, 0])
+DEEP = np.random.default_rng(1).integers(0, 65536, (12, 17, 4), dtype=np.uint16)
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def three(gray):
+    return np.repeat(gray[:, :, None], 3, 2)
+
+
+@pytest.fixture
+def network_path(tmp_path):
+    weights.export(tiny(2), tmp_path / "w.pth")
+    return tmp_path / "w.pth"
+
+
+@pytest.fixture
+def run(network_path):
+    def call(*arguments):
+        inference.main([str(argument) for argument in ("--model_path", network_path, *arguments)])
+
+    return call
+
+
+def written(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# Pixels
+
+
+def double(image):
+    return upscale(Enlarge(), image)
+
+
+def twice(image):
+    return image.repeat(2, 0).repeat(2, 1)
+
+
+@pytest.mark.parametrize(("pixels", "alpha"), [(RGB, ALPHA), (DEEP[:, :, :3], DEEP[:, :, 3])], ids=["8", "16"])
+def test_alpha_bits_profile_and_resolution_are_kept(pixels, alpha):
+    result = inference.enlarge_photo(Photo(pixels, alpha, icc_profile=b"p", dpi=(1, 2)), double, (24, 34))
+    assert (result.pixels == twice(pixels)).all()
+    assert (result.alpha == twice(alpha)).all()
+    assert (result.pixels.dtype, result.alpha.dtype) == (pixels.dtype, pixels.dtype)
+    assert (result.icc_profile, result.dpi) == (b"p", (1, 2))
+
+
+def test_gray_becomes_the_mean_of_the_networks_channels():
+    network, gray = tiny(2), three(RGB[:, :, 0])  # a network whose three channels differ
+    colours = upscale(network, gray)
+    assert (colours[:, :, :1] != colours).any()
+    found = inference.enlarge_photo(Photo(gray, gray=True), lambda image: upscale(network, image), (24, 34)).pixels
+    assert (found == three(np.round(colours.mean(2)).astype(np.uint8))).all()
+
+
+def test_alpha_of_one_value_stays_exactly_that():
+    calls = []
+
+    def count(image):
+        calls.append(image)
+        return double(image)
+
+    result = inference.enlarge_photo(Photo(RGB, np.full((12, 17), 200, np.uint8)), count, (24, 34))
+    assert result.alpha.shape == (24, 34)
+    assert (result.alpha == 200).all()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_another_final_size_is_matlabs_bicubic_of_the_result(deep):
+    pixels, alpha = (DEEP[:, :, :3], DEEP[:, :, 3]) if deep else (RGB, ALPHA)
+    result = inference.enlarge_photo(Photo(pixels, alpha), double, (18, 26))
+    assert (result.pixels == imgproc.imresize_to(twice(pixels), 18, 26)).all()
+    assert (result.alpha == imgproc.imresize_to(twice(alpha), 18, 26)).all()
+
+
+# Files
+
+
+def test_a_file_becomes_what_the_network_gives(tmp_path, run, network_path):
+    for name, size in {"dot": (1, 1), "line": (1, 9), "bild ü": (13, 20)}.items():
+        write_image(tmp_path / "in" / f"{name}.png", noise_image(*size))
+        run("--input", tmp_path / "in" / f"{name}.png", "--output", tmp_path / "out")
+        expected = upscale(weights.load(network_path), noise_image(*size))
+        assert expected.shape == (2 * size[0], 2 * size[1], 3)
+        assert (image_files.read_image(tmp_path / "out" / f"{name}.png") == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("outscale", "size"), [(1, (12, 17)), (2, (24, 34)), (1.3, (16, 22)), (1.1, (13, 19)), (0.01, (1, 1)), (5, (60, 85))]
+)
+def test_outscale_is_the_final_size(tmp_path, run, outscale, size):
+    write_image(tmp_path / "a.png", RGB)
+    run("--input", tmp_path / "a.png", "--output", tmp_path / "o", "--outscale", outscale)
+    assert image_files.image_size(tmp_path / "o/a.png") == size
+
+
+def test_folders_names_and_formats_are_kept(tmp_path, run, capsys):
+    folder = tmp_path / "in"
+    names = ["a.png", "b.JPG", "sub/a.png", "sub/日本 語.webp", "sub/deep/ü.tif", "sub/c.bmp"]
+    for name in [*names, ".hidden/x.png", "sub/.hidden.png"]:
+        write_image(folder / name, drawn_image(6, 7))
+    for name in ("notes.txt", ".DS_Store"):
+        (folder / name).write_text("x")
+    run("--input", folder, "--output", folder / "out", "--output_format", "same")
+    assert written(folder / "out") == sorted(name.replace("JPG", "jpg") for name in names)
+    assert all(image_files.image_size(folder / "out" / name) == (12, 14) for name in written(folder / "out"))
+    said = "".join(capsys.readouterr())
+    assert all(str(folder / "out" / name) in said for name in written(folder / "out"))
+    run("--input", folder, "--output", folder / "out")  # the results are no inputs
+    assert len(list((folder / "out").rglob("*.png"))) == len(names)
+
+
+def test_inputs_of_one_name_keep_their_endings_and_nothing_is_overwritten(tmp_path):
+    files = [tmp_path / name for name in ("a.jpg", "a.png", "b.png")]
+    targets = inference.plan_outputs(files, tmp_path, tmp_path / "out", "png")
+    assert [target.name for target in targets.values()] == ["a.jpg.png", "a.png.png", "b.png"]
+    with pytest.raises(ValueError, match=r"a\.png\.tif and .*a\.png .*a\.png\.png"):
+        inference.plan_outputs([*files, tmp_path / "a.png.tif"], tmp_path, tmp_path / "out", "png")
+    with pytest.raises(ValueError, match=r"x\.gif"):
+        inference.plan_outputs([tmp_path / "x.gif"], tmp_path, tmp_path / "out", "same")
+    with pytest.raises(ValueError, match=r"a\.png"):
+        inference.plan_outputs(files[1:], tmp_path, tmp_path, "png")
+    with pytest.raises(ValueError, match=r"a\.jpg"):
+        inference.plan_outputs(files, tmp_path, tmp_path, "same")
+
+
+def test_what_is_lost_is_noted(tmp_path, run, capsys):
+    first = Image.fromarray(RGB)
+    first.save(tmp_path / "in.tif", save_all=True, append_images=[first], icc_profile=SRGB)
+    run("--input", tmp_path / "in.tif", "--output", tmp_path / "o", "--outscale", 3, "--output_format", "bmp")
+    assert "".join(capsys.readouterr()).count("note: ") == 3  # the second page, the bicubic part, the colour profile
+    assert image_files.image_size(tmp_path / "o/in.bmp") == (36, 51)
+
+
+def test_quality_is_that_of_the_files(tmp_path, run):
+    write_image(tmp_path / "a.png", noise_image(12, 17))
+    for quality in (20, 95):
+        run("--input", tmp_path / "a.png", "--output", tmp_path / str(quality), "--output_format", "jpg", "--quality", quality)
+    assert 2 * (tmp_path / "20/a.jpg").stat().st_size < (tmp_path / "95/a.jpg").stat().st_size
+
+
+# Mistakes
+
+
+def test_what_fails_is_listed_and_the_others_are_done(tmp_path, run):
+    for name in ("a.png", "c.png"):
+        write_image(tmp_path / "in" / name, RGB)
+    write_photo(tmp_path / "in" / "b.png", Photo(RGB, ALPHA))  # JPEG has no alpha
+    (tmp_path / "in" / "d.png").write_bytes(b"text")
+    (tmp_path / "o/e.jpg").mkdir(parents=True)
+    write_image(tmp_path / "in" / "e.png", RGB)
+    with pytest.raises(ValueError, match=r"3 of 5.*\n.*b\.png.*\n.*d\.png.*\n.*e\.(png|jpg)"):
+        run("--input", tmp_path / "in", "--output", tmp_path / "o", "--output_format", "jpg")
+    assert written(tmp_path / "o") == ["a.jpg", "c.jpg"]
+
+
+def test_memory_that_runs_out_for_one_image_spares_the_others(tmp_path, run, monkeypatch):
+    for name in ("a.png", "b.png"):
+        write_image(tmp_path / "in" / name, RGB)
+    failures = [MemoryError()]
+    enlarge = inference.enlarge_photo
+
+    def limited(*arguments):
+        if failures:
+            raise failures.pop()
+        return enlarge(*arguments)
+
+    monkeypatch.setattr(inference, "enlarge_photo", limited)
+    with pytest.raises(ValueError, match=r"1 of 2.*\n.*a\.png"):
+        run("--input", tmp_path / "in", "--output", tmp_path / "o")
+    assert written(tmp_path / "o") == ["b.png"]
+
+
+@pytest.mark.parametrize(
+    ("given", "output", "error", "named"),
+    [
+        ("gone.png", "o", FileNotFoundError, "gone.png"),
+        ("empty", "o", FileNotFoundError, "empty"),
+        ("nothing.png", "o", ValueError, "nothing.png"),
+        ("file", "o", ValueError, "file"),  # its content counts, not its name
+        ("a.png", ".", ValueError, "a.png"),  # would be overwritten
+        ("a.png", "file", OSError, "file"),
+        ("a.png", "file/deeper", OSError, "file"),
+        ("a.png", "n" * 300, OSError, "n" * 300),
+        ("a.png", "taken", OSError, "taken/a.png"),
+    ],
+)
+def test_an_input_or_output_that_cannot_be_used_is_named_and_nothing_changes(tmp_path, run, monkeypatch, given, output, error, named):
+    monkeypatch.chdir(tmp_path)
+    write_image("a.png", RGB)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "taken/a.png").mkdir(parents=True)
+    (tmp_path / "nothing.png").touch()
+    (tmp_path / "file").write_text("no image")
+    if error is OSError and output != "taken":  # before the network is loaded
+        monkeypatch.setattr(weights, "load", lambda path: pytest.fail("loads weights first"))
+    before = sorted(map(str, tmp_path.rglob("*")))
+    with pytest.raises((error, ValueError), match=named):
+        run("--input", given, "--output", output)
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("outscale", "0"), ("outscale", "nan"), ("outscale", "65"), ("quality", "0"), ("quality", "101"), ("tile", "64"), ("tile", "-1"),
+     ("output_format", "gif"), ("tile_overlap", "-1")],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused_by_name(tmp_path, run, capsys, name, value):
+    with pytest.raises((SystemExit, ValueError)) as error:  # older versions of tyro leave the sentence to run_script
+        run("--input", tmp_path, "--output", tmp_path / "o", f"--{name}", value)
+    assert name in f"{capsys.readouterr().err} {error.value}"
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_the_right_code(tmp_path, network_path):
+    write_image(tmp_path / "in/a.png", RGB)
+    (tmp_path / "in/b.png").touch()
+
+    def command(*arguments):
+        words = [sys.executable, REPOSITORY / "inference.py", "--model_path", network_path, *arguments]
+        done = subprocess.run(
+            list(map(str, words)), cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        )
+        assert "Traceback" not in done.stderr
+        return done
+
+    done = command("--input", "in/a.png", "--output", "out")
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "out/a.png") in done.stdout
+    for given in ("in", "in/b.png"):
+        done = command("--input", given, "--output", "out")
+        assert done.returncode == 1
+        assert "in/b.png" in done.stderr.strip().splitlines()[-1]
+    assert command("--output", "out").returncode == 2
+    assert read_photo(tmp_path / "out/a.png").pixels.shape == (24, 34, 3)
+    assert written(tmp_path / "out") == ["a.png"]
