@@ -74,6 +74,8 @@ def _sentence(error: Exception) -> str | None:
     """The sentence for the user, or None for a mistake of ours."""
     innermost = traceback.extract_tb(error.__traceback__)[-1]
     ours = Path(innermost.filename).resolve().parent in (REPOSITORY, REPOSITORY / "scripts")
+    if isinstance(error, ConnectionError) and error.errno:  # the system, about the pipe to a data worker
+        return _WORKER
     if isinstance(error, OSError):
         return files.explain(error)
     if isinstance(error, ValueError) and ours and (innermost.line or "").startswith("raise "):
@@ -86,10 +88,13 @@ def _sentence(error: Exception) -> str | None:
 
 _PEER = "another process of this run has ended and says why itself; run the same command again to resume from the last checkpoint"
 _LESS = "in training, lower batch_size or lr_patch_size, raise accumulation_steps, or set activation_checkpointing=True"
+_WORKER = (
+    "a worker process that cuts batches has ended, perhaps for lack of memory: lower num_workers, and run the same command again to "
+    "resume from the last checkpoint"
+)
 _KNOWN = {  # parts of PyTorch's messages about mistakes that are not ours
     "can't allocate memory": f"there is too little memory: {_LESS}",
-    "DataLoader worker (pid": "a worker process that cuts batches has ended, perhaps for lack of memory: lower num_workers, and run the "
-    "same command again to resume from the last checkpoint",
+    "DataLoader worker (pid": _WORKER,
     "Connection closed by peer": _PEER,
     "Connection reset by peer": _PEER,
     "Broken pipe": _PEER,
