@@ -30,25 +30,25 @@ class DemoConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write both sets; pictures that are there already stay as they are."""
+    """Write both sets; files that exist are kept."""
     config = tyro.cli(DemoConfig, args=argv, use_underscores=True)
-    pictures = {f"DemoTest/GT/{name}.png": _photograph(name) for name in TEST_PHOTOGRAPHS}
-    pictures |= {f"DemoTrain/GT/{name}.png": _photograph(name) for name in TRAIN_PHOTOGRAPHS}
+    images = {f"DemoTest/GT/{name}.png": _photograph(name) for name in TEST_PHOTOGRAPHS}
+    images |= {f"DemoTrain/GT/{name}.png": _photograph(name) for name in TRAIN_PHOTOGRAPHS}
     left, right, _ = skimage.data.stereo_motorcycle()
-    pictures |= {"DemoTrain/GT/motorcycle_left.png": left, "DemoTrain/GT/motorcycle_right.png": right}
-    for name, picture in pictures.items():
+    images |= {"DemoTrain/GT/motorcycle_left.png": left, "DemoTrain/GT/motorcycle_right.png": right}
+    for name, image in images.items():
         path = Path(config.output) / name
         if not path.exists():
-            image_files.write_image(path, _as_rgb(picture))
-    print(f"{len(pictures)} photographs of scikit-image in {Path(config.output).absolute()}: DemoTrain and DemoTest")
+            image_files.write_image(path, _as_rgb(image))
+    print(f"{len(images)} photographs of scikit-image in {Path(config.output).absolute()}: DemoTrain and DemoTest")
 
 
 def _photograph(name: str) -> np.ndarray:
     return getattr(skimage.data, name)()
 
 
-def _as_rgb(picture: np.ndarray) -> imgproc.RGB:
-    return np.ascontiguousarray(np.repeat(picture[:, :, None], 3, 2) if picture.ndim == 2 else picture[:, :, :3])
+def _as_rgb(image: np.ndarray) -> imgproc.RGB:
+    return np.ascontiguousarray(np.repeat(image[:, :, None], 3, 2) if image.ndim == 2 else image[:, :, :3])
 
 
 if __name__ == "__main__":

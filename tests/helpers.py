@@ -1,4 +1,4 @@
-"""Small drawn pictures and tiny networks for the tests."""
+"""Small drawn images and tiny networks for the tests."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ TINY = {"channels": 8, "reduction": 4, "num_rg": 2, "num_rcab": 2}
 
 
 def drawn_image(height: int, width: int, seed: int = 0) -> imgproc.RGB:
-    """A smooth picture with edges, another one for each seed."""
+    """A smooth image with edges, another one for each seed."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width][..., None]
     phase, fx, fy = random.uniform(0, 6, 3), random.uniform(0.02, 0.4, 3), random.uniform(0.02, 0.4, 3)
@@ -29,7 +29,7 @@ def noise_image(height: int, width: int, seed: int = 0) -> imgproc.RGB:
 
 
 def write_set(folder: Path, sizes, seed: int = 0) -> Path:
-    """A set of drawn pictures of these (height, width), named a, b, c …"""
+    """A set of drawn images of these (height, width), named a, b, c …"""
     for index, (height, width) in enumerate(sizes):
         image_files.write_image(folder / "GT" / f"{chr(97 + index)}.png", drawn_image(height, width, seed + index))
     return folder

@@ -15,7 +15,7 @@ from helpers import REPOSITORY, TINY, write_set
 
 
 def small_runs(kind, folder):
-    """A way to make settings, of this class, of a run of six updates on small pictures, and to change some."""
+    """A way to make settings, of this class, of a run of six updates on small images, and to change some."""
     write_set(folder / "data" / "Train", [(24, 30), (40, 26), (33, 33)])
     write_set(folder / "data" / "Valid", [(32, 36), (28, 30)], seed=9)
 
@@ -34,7 +34,7 @@ def small_runs(kind, folder):
 
 
 def stop_after(monkeypatch, updates, step=train.PixelStep):
-    """Ask the run to stop, as Ctrl-C does, after so many updates of this sitting."""
+    """Ask the run to stop, as Ctrl-C does, after so many updates of this attempt."""
     call, done = step.__call__, []
 
     def counted(self, lr, gt):
