@@ -432,7 +432,9 @@ def _build(state: Mapping[str, Tensor]) -> model.RCAN:
     to_native = {theirs: ours for ours, theirs in names.items()}
     wide = {to_native.get(name, name): tensor.detach().to(torch.float64) for name, tensor in state.items()}
     converted = {name: tensor.to(torch.float32) for name, tensor in layout.to_native(wide).items()}
-    _refuse((f"{name} is too large for float32" for name, tensor in converted.items() if not tensor.isfinite().all()), layout)
+    _refuse(
+        (f"{names.get(name, name)} is too large for float32" for name, tensor in converted.items() if not tensor.isfinite().all()), layout
+    )
     network.load_state_dict(converted)
     network.arguments["mean"] = tuple(network.mean.flatten().tolist())
     stored = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values() if tensor.is_floating_point()} - {"float32"})

@@ -1,8 +1,7 @@
 """Other programs' RCAN, written plainly from their published layouts, to compare ours with; not fast, not for use.
 
-`Native` names its layers as the weights that people download for this repository (layout B), `BasicSR` as BasicSR (C), `RCANit`
-as RCAN-it (D). spandrel and torchSR stand for the official layout (A) themselves. Each takes and gives [0, 1] but for RCANit,
-which is given [0, 255].
+`BasicSR` names its layers as BasicSR does (layout C), `RCANit` as RCAN-it (D). spandrel and torchSR stand for the official layout
+(A) themselves; test_model.py defines ours (B). BasicSR takes and gives [0, 1], RCANit [0, 255].
 """
 
 import torch
@@ -45,31 +44,6 @@ def steps(upscale_factor: int, channels: int, activation: type[nn.Module] | None
     factors = {2: [2], 3: [3], 4: [2, 2], 8: [2, 2, 2]}[upscale_factor]
     after = [activation()] if activation else []
     return [[conv(channels, channels * factor**2), nn.PixelShuffle(factor), *after] for factor in factors]
-
-
-class Native(nn.Module):
-    def __init__(self, upscale_factor: int, groups: int, blocks: int, channels: int, squeezed: int) -> None:
-        super().__init__()
-
-        def block() -> Block:
-            gate = Gate("channel_attention_layer", True, channels, squeezed, nn.ReLU)
-            return Block("residual_channel_attention_block", gate, channels, nn.ReLU)
-
-        self.register_buffer("mean", torch.tensor(DIV2K_MEAN).view(1, 3, 1, 1))
-        self.conv1 = conv(3, channels)
-        self.trunk = nn.Sequential(
-            *(Group("residual_group", [block() for _ in range(blocks)], conv(channels, channels)) for _ in range(groups))
-        )
-        self.conv2 = conv(channels, channels)
-        wrapped = [nn.Sequential() for _ in steps(upscale_factor, channels)]
-        for module, step in zip(wrapped, steps(upscale_factor, channels), strict=True):
-            module.add_module("upsample_block", nn.Sequential(*step))
-        self.upsampling = nn.Sequential(*wrapped)
-        self.conv3 = conv(channels, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x - self.mean)
-        return self.conv3(self.upsampling(self.conv2(self.trunk(x)) + x)) + self.mean
 
 
 class Group(nn.Module):

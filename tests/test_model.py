@@ -1,4 +1,4 @@
-"""The network: equal to its definition, its names, its sizes, and what it refuses."""
+"""The networks: equal to their definitions, their keys, their sizes, and what they refuse."""
 
 import shutil
 from typing import get_args
@@ -6,6 +6,7 @@ from typing import get_args
 import pytest
 import torch
 from pytest import approx
+from torch import nn
 from torch.nn import functional
 
 import config
@@ -60,7 +61,7 @@ def test_forward_equals_the_definition(scale, attention):
         assert network(x).numpy() == approx(by_definition(network.state_dict(), x, scale).numpy(), abs=1e-12)
 
 
-def test_names_are_those_of_published_files():
+def test_keys_are_those_of_published_files():
     names = set(tiny(4).state_dict())
     assert names == {
         "mean",
@@ -76,35 +77,34 @@ def test_names_are_those_of_published_files():
 def test_the_papers_network_has_its_published_size():
     with torch.device("meta"):
         assert parameters(model.rcan_x4()) == 15_592_355
+        assert 0.5e6 <= parameters(model.rcan_light_x4()) <= 0.93e6
         choices = {"attention": "channel", "activation": "relu", "upsampler_activation": False}
         assert model.rcan_x4().arguments == {**model.PAPER_SIZE, "upscale_factor": 4, "mean": model.DIV2K_MEAN, **choices}
 
 
 @pytest.mark.parametrize("name", model.ARCHITECTURES)
 def test_every_named_network_is_what_its_name_says(name):
-    with torch.device("meta"):
-        network = model.ARCHITECTURES[name]()
-    assert name.endswith(f"_x{network.upscale_factor}")
-    assert network.arguments["attention"] == ("cbam" if "cbam" in name else "channel")
-    if "light" in name:
-        assert 0.5e6 <= parameters(network) <= 0.93e6
-    assert getattr(model, name) is model.ARCHITECTURES[name]
+    build = getattr(model, name)
+    assert build is model.ARCHITECTURES[name]
+    (scale,), arguments = build.args, build.keywords
+    size = model.LIGHT_SIZE if "light" in name else model.PAPER_SIZE
+    assert name == f"rcan{'_light' * ('light' in name)}{'_cbam' * ('cbam' in name)}_x{scale}"
+    assert arguments == {**size, **({"attention": "cbam"} if "cbam" in name else {})}
 
 
 def test_the_settings_know_the_same_names():
     assert get_args(config.ModelName) == tuple(model.ARCHITECTURES)
 
 
-def test_attention_starts_from_the_same_random_numbers_and_cbam_adds_a_gate_for_pixels():
+def test_cbam_adds_keys_of_its_own_alone():
     plain, cbam = tiny(2).state_dict(), tiny(2, "cbam").state_dict()
     assert plain.keys() < cbam.keys()
     assert all(".3.spatial_attention_layer.0." in name for name in cbam.keys() - plain.keys())
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("scale", SCALES)
-def test_any_size_and_batch_and_the_input_is_left_alone(scale, attention):
-    network = tiny(scale, attention)
+def test_any_size_and_batch_and_the_input_is_left_alone(scale):
+    network = tiny(scale, "cbam")
     for shape in ((1, 3, 1, 1), (3, 3, 1, 5), (2, 3, 13, 8)):
         x = torch.rand(shape)
         before = x.clone()
@@ -113,10 +113,10 @@ def test_any_size_and_batch_and_the_input_is_left_alone(scale, attention):
         assert torch.equal(x, before)
 
 
-def test_pictures_of_a_batch_do_not_see_each_other():
-    network, x = tiny(2, "cbam"), torch.rand(3, 3, 8, 8)
+def test_images_of_a_batch_do_not_see_each_other():
+    network, x = tiny(2, "cbam").double(), torch.rand(3, 3, 8, 8, dtype=torch.float64)
     with torch.no_grad():
-        assert network(x)[1:2].numpy() == approx(network(x[1:2]).numpy(), abs=1e-6)
+        assert network(x)[1:2].numpy() == approx(network(x[1:2]).numpy(), abs=1e-12)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -131,19 +131,24 @@ def test_bf16_autocast_stays_close(attention):
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_the_gradient_reaches_every_weight(attention):
-    network = tiny(4, attention, reduction=1)  # with fewer, an attention's ReLU can be off altogether
-    (network(torch.rand(2, 3, 6, 6)) - 0.7).abs().mean().backward()
-    for name, parameter in network.named_parameters():
-        assert parameter.grad is not None, name
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_gradient_reaches_every_weight(attention, recompute):
+    network = tiny(4, attention, reduction=1).double()  # with fewer channels, an attention's ReLU can be off altogether
+    x = torch.rand(2, 3, 6, 6, dtype=torch.float64)
+    expected = torch.autograd.grad((network(x) - 0.7).abs().mean(), list(network.parameters()))
+    network.train().activation_checkpointing = recompute
+    (network(x) - 0.7).abs().mean().backward()
+    for (name, parameter), gradient in zip(network.named_parameters(), expected, strict=True):
         assert parameter.grad.abs().sum() > 0, name
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-9, atol=1e-15), name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling for a CPU needs g++")
-@pytest.mark.parametrize("attention", ("cbam", "cbam_average"))
+@pytest.mark.parametrize("attention", ATTENTIONS)
 def test_compiled_bf16_gradients_are_those_of_eager_fp32(attention):
-    """`amax` finds its maxima again in backward; compiled in bf16 it found none, and every gradient was nan."""
+    """`amax` searches for its maxima again in backward; compiled in bf16 it found none, and every gradient was nan."""
 
     def gradient(compiled, dtype):
         group = tiny(2, attention, channels=16).trunk[0].train()
@@ -158,25 +163,23 @@ def test_compiled_bf16_gradients_are_those_of_eager_fp32(attention):
     assert functional.cosine_similarity(exact, found, dim=0) > 0.99
 
 
-def test_an_open_spatial_gate_is_a_constant_factor_that_learns():
-    """A gate of 0.9 for each pixel: what is left is 0.9 times channel attention, to the last bit of the logarithm."""
+def test_an_initial_spatial_gate_is_a_constant_factor_that_learns():
     attention = model.RCAN(2, **TINY, attention="cbam_average", initial_spatial_gate=0.9).trunk[0].residual_group[1]
     attention, x = attention.residual_channel_attention_block[3], torch.randn(2, 8, 9, 11)
-    expected = 0.9 * x * attention.channel_gate(x)
     found = attention(x)
-    assert found.detach().numpy() == approx(expected.detach().numpy(), rel=1e-5)
+    assert found.detach().numpy() == approx((0.9 * x * attention.channel_gate(x)).detach().numpy(), rel=1e-5)
     found.square().sum().backward()
     assert attention.spatial_attention_layer[0].weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_channel_gates_start_nearly_open(attention):
-    """The first convolutions' outputs are small, so that the bias decides: 1 / (1 + exp(-ln 19)) = 0.95."""
+    """The features are small, so that the bias decides: 1 / (1 + exp(-ln 19)) = 0.95."""
     for initial, expected in ((None, 0.5), (0.95, 0.95)):
         torch.manual_seed(1)
         network = model.RCAN(2, channels=32, num_rg=1, num_rcab=1, attention=attention, initial_channel_gate=initial)
         layer = network.trunk[0].residual_group[0].residual_channel_attention_block[3]
-        gates = layer.gates[0](0.1 * torch.randn(2, 32, 12, 12))
+        gates = layer.channel_gate(0.1 * torch.randn(2, 32, 12, 12))
         assert gates.mean().item() == approx(expected, abs=0.05)
         assert gates.std() < 0.25
 
@@ -191,18 +194,104 @@ def test_plain_weights_in_cbam_without_maxima_differ_by_the_gate_alone():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        ({"upscale_factor": 5}, "upscale_factor=5 is unknown; known are 2, 3, 4, 8"),
-        ({"upscale_factor": 4, "attention": "se"}, "attention='se' is unknown; known are 'channel', 'cbam'"),
-        ({"upscale_factor": 4, "channels": 12}, "channels=12, reduction=16.*reduction at most channels"),
-        ({"upscale_factor": 4, "activation": "elu"}, "activation='elu' is unknown; known are 'relu', 'silu'"),
-        ({"upscale_factor": 4, "num_rg": 0}, "num_rg=0.*at least 1"),
-        ({"upscale_factor": 4, "initial_channel_gate": 0.0}, "initial_channel_gate=0.0 must lie between 0 and 1"),
-        ({"upscale_factor": 4, "initial_spatial_gate": 0.9}, "initial_spatial_gate=0.9 contradicts attention='channel'"),
-        ({"upscale_factor": 4, "attention": "cbam", "initial_spatial_gate": 1.0}, "initial_spatial_gate=1.0 must lie between 0 and 1"),
+        ({"upscale_factor": 5}, "upscale_factor=5"),
+        ({"attention": "se"}, "attention='se'"),
+        ({"activation": "elu"}, "activation='elu'"),
+        ({"channels": 12}, "channels=12, reduction=16"),
+        ({"num_rg": 0}, "num_rg=0"),
+        ({"initial_channel_gate": 0.0}, "initial_channel_gate=0.0"),
+        ({"initial_spatial_gate": 0.9}, "initial_spatial_gate=0.9 .*attention='channel'"),
+        ({"attention": "cbam", "initial_spatial_gate": 1.0}, "initial_spatial_gate=1.0"),
     ],
 )
-def test_what_cannot_be_built_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        model.RCAN(**arguments)
+def test_impossible_networks_are_refused(arguments, named):
+    with pytest.raises(ValueError, match=named):
+        model.RCAN(**{"upscale_factor": 4, **arguments})
+
+
+# Discriminator
+
+
+def discriminator(channels=4, seed=0):
+    """With normalisations that matter: scale and shift differ from neutral."""
+    torch.manual_seed(seed)
+    network = model.Discriminator(channels)
+    for layer in network.features:
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.uniform_(layer.bias, -0.5, 0.5)
+    return network
+
+
+def discriminator_by_definition(state, x):
+    """ESRGAN's network as its released code has it, from the weights by name."""
+    x = functional.leaky_relu(functional.conv2d(x - 0.5, state["features.0.weight"], state["features.0.bias"], padding=1), 0.2)
+    for number in range(9):
+        conv, norm = f"features.{2 + 3 * number}.weight", f"features.{3 + 3 * number}."
+        x = functional.conv2d(x, state[conv], stride=1 if number % 2 else 2, padding=1)
+        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
+        x = (x - mean) / (variance + 1e-5).sqrt()
+        x = functional.leaky_relu(x * state[norm + "weight"].view(-1, 1, 1) + state[norm + "bias"].view(-1, 1, 1), 0.2)
+    x = functional.adaptive_avg_pool2d(x, 4).flatten(1)
+    x = functional.leaky_relu(x @ state["classifier.1.weight"].T + state["classifier.1.bias"], 0.2)
+    return x @ state["classifier.3.weight"].T + state["classifier.3.bias"]
+
+
+@pytest.mark.parametrize("size", [(128, 128), (96, 96), (192, 96), (47, 200), (32, 33)])
+def test_the_discriminator_equals_its_definition_at_any_size(size):
+    network, x = discriminator().double(), torch.rand(2, 3, *size, dtype=torch.float64)
+    before = x.clone()
+    with torch.no_grad():
+        found, expected = network(x), discriminator_by_definition(network.state_dict(), x)
+    assert found.numpy() == approx(expected.numpy(), abs=1e-10)
+    assert abs(found[0] - found[1]) > 1e-3  # so that the tolerance means something
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 31, 64), (4, 3, 64, 16), (1, 3, 32, 32), (1, 3, 63, 47)])
+def test_images_too_small_for_the_discriminator_are_refused(shape):
+    with pytest.raises(ValueError, match=f"{shape[0]} .* {shape[3]}x{shape[2]}"):
+        discriminator()(torch.rand(shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 64, 64), (1, 3, 32, 64), (2, 3, 32, 32)])
+def test_the_smallest_images_have_logits(shape):
+    with torch.no_grad():
+        assert discriminator()(torch.rand(shape)).isfinite().all()
+
+
+def test_the_discriminator_has_esrgans_layers():
+    with torch.device("meta"):
+        network = model.Discriminator()
+    convolutions = [layer for layer in network.features if isinstance(layer, nn.Conv2d)]
+    shapes = [(layer.in_channels, layer.out_channels, layer.kernel_size[0], layer.stride[0], layer.padding[0]) for layer in convolutions]
+    assert shapes == [
+        (3, 64, 3, 1, 1), (64, 64, 4, 2, 1), (64, 128, 3, 1, 1), (128, 128, 4, 2, 1), (128, 256, 3, 1, 1), (256, 256, 4, 2, 1),
+        (256, 512, 3, 1, 1), (512, 512, 4, 2, 1), (512, 512, 3, 1, 1), (512, 512, 4, 2, 1),
+    ]  # fmt: skip
+    assert network.features(torch.empty(1, 3, 128, 128, device="meta")).shape == (1, 512, 4, 4)  # 128, ESRGAN's patches, aren't averaged
+    assert parameters(network) == 14_499_401  # also of Discriminator_VGG_128
+    with pytest.raises(ValueError, match="channels=0"):
+        model.Discriminator(0)
+
+
+def test_the_discriminator_has_no_buffers_and_eval_changes_nothing():
+    network, x = discriminator(), torch.rand(3, 3, 64, 64)
+    assert network.state_dict().keys() == dict(network.named_parameters()).keys()
+    with torch.no_grad():
+        once = network.train()(x)
+        for again in (network.eval(), network.train(), discriminator()):  # and nothing is remembered of earlier images
+            assert again(x).numpy() == approx(once.numpy(), abs=1e-6)
+
+
+def test_logits_are_float32_under_autocast():
+    network, x = discriminator(), torch.rand(4, 3, 64, 64)
+    with torch.no_grad():
+        exact = network(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = network(x)
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(rounded, rounded.bfloat16().float())  # the last layers weren't rounded
+    assert 0 < abs(rounded - exact).max() < 0.05

@@ -1,4 +1,7 @@
-"""Upscaling: rounding, strips that change nothing, memory that runs out, half precision that overflows, tiles."""
+"""Upscaling: rounding, strips that change nothing, memory that runs out, half precision that overflows, tiles.
+
+Images of 16 bits show differences of 1.5e-5 in what `upscale` returns.
+"""
 
 import itertools
 import subprocess
@@ -8,8 +11,6 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
-from pytest import approx
-from torch import nn
 
 import imgproc
 import model
@@ -19,37 +20,44 @@ from helpers import REPOSITORY, Enlarge, drawn_image, noise_image, tiny
 from upscaling import upscale
 
 
+def noise_of_16_bits(height, width):
+    return np.random.default_rng(0).integers(0, 65536, (height, width, 3), dtype=np.uint16)
+
+
+def in_one_piece(network, lr):
+    """The network's output for an image of 16 bits, in 65535ths."""
+    with torch.no_grad():
+        sr = network(torch.from_numpy(lr.astype(np.float32)).permute(2, 0, 1)[None] / 65535)[0].permute(1, 2, 0).numpy()
+    assert 0.01 < sr.std() < 0.5 and (np.abs(sr - 0.5) < 0.5).mean() > 0.9  # little is clipped, so that equality says something
+    return sr.clip(0, 1) * 65535
+
+
+def same(one, other):
+    return np.abs(one.astype(float) - other).max() <= 1.5  # a rounding to the other side, and float32's own
+
+
 @pytest.mark.parametrize("self_ensemble", [False, True])
-def test_the_result_is_rounded_and_clipped(self_ensemble):
-    lr = drawn_image(5, 7)
-    blocks = lr.repeat(2, 0).repeat(2, 1)
-    before = lr.copy()
+@pytest.mark.parametrize(("dtype", "peak"), [(np.uint8, 255), (np.uint16, 65535)])
+def test_the_result_is_rounded_and_clipped(self_ensemble, dtype, peak):
+    lr = np.random.default_rng(0).integers(0, peak + 1, (5, 7, 3), dtype=dtype)
+    blocks, before = lr.repeat(2, 0).repeat(2, 1), lr.copy()
+    assert upscale(Enlarge(), lr, self_ensemble).dtype == dtype
     assert (upscale(Enlarge(), lr, self_ensemble) == blocks).all()
-    assert (upscale(Enlarge(0.4 / 255), lr, self_ensemble) == blocks).all()
-    assert (upscale(Enlarge(0.6 / 255), lr, self_ensemble) == np.minimum(blocks, 254) + 1).all()
-    assert (upscale(Enlarge(2.0), lr, self_ensemble) == 255).all()
+    assert (upscale(Enlarge(0.4 / peak), lr, self_ensemble) == blocks).all()
+    assert (upscale(Enlarge(0.6 / peak), lr, self_ensemble) == np.minimum(blocks, peak - 1) + 1).all()
+    assert (upscale(Enlarge(2.0), lr, self_ensemble) == peak).all()
     assert (upscale(Enlarge(-2.0), lr, self_ensemble) == 0).all()
     assert (lr == before).all()
 
 
-@pytest.mark.parametrize("self_ensemble", [False, True])
-def test_sixteen_bits_stay_sixteen_bits(self_ensemble):
-    lr = np.random.default_rng(0).integers(0, 65536, (5, 7, 3), dtype=np.uint16)
-    blocks = lr.repeat(2, 0).repeat(2, 1)
-    sr = upscale(Enlarge(), lr, self_ensemble)
-    assert sr.dtype == np.uint16
-    assert (sr == blocks).all()
-    assert (upscale(Enlarge(0.6 / 65535), lr, self_ensemble) == np.minimum(blocks, 65534) + 1).all()
-
-
-def test_self_ensemble_is_the_mean_over_the_eight_turns():
+def test_self_ensemble_is_the_mean_of_the_eight_orientations():
     network, lr = tiny(2), drawn_image(9, 7)
     total = np.zeros((18, 14, 3))
-    back = {0: 0, 1: 3, 2: 2, 3: 1, 4: 4, 5: 5, 6: 6, 7: 7}  # mirrored turns undo themselves
+    back = {0: 0, 1: 3, 2: 2, 3: 1, 4: 4, 5: 5, 6: 6, 7: 7}  # flips undo themselves
     for orientation in range(8):
-        turned = torch.from_numpy(imgproc.flip_rotate(lr, orientation).copy()).permute(2, 0, 1)[None] / 255
+        oriented = torch.from_numpy(imgproc.flip_rotate(lr, orientation).copy()).permute(2, 0, 1)[None] / 255
         with torch.no_grad():
-            sr = network(turned)[0].permute(1, 2, 0).numpy()
+            sr = network(oriented)[0].permute(1, 2, 0).numpy()
         total += imgproc.flip_rotate(sr.copy(), back[orientation])
     expected = np.clip(total / 8, 0, 1) * 255
     assert np.abs(upscale(network, lr, self_ensemble=True) - expected).max() <= 0.5 + 1e-3
@@ -60,133 +68,106 @@ def test_self_ensemble_is_the_mean_over_the_eight_turns():
 
 @pytest.mark.parametrize("attention", ["channel", "cbam", "cbam_average"])
 @pytest.mark.parametrize("scale", [2, 3, 4, 8])
-@pytest.mark.parametrize("rows", [1, 4, 5, 18])
-def test_strips_change_nothing(scale, attention, rows):
-    network = tiny(scale, attention)
-    x = torch.rand(2, 3, 19, 13)
-    before = x.clone()
-    with torch.inference_mode():
-        expected = network(x)
-        strips = list(upscaling._strips(network, x, rows))
-    assert [top for top, _ in strips] == [scale * top for top in range(0, 19, rows)]
-    assert (torch.cat([strip for _, strip in strips], 2) - expected).abs().max() < 1e-6
-    assert torch.equal(x, before)
+def test_strips_change_nothing(scale, attention):
+    network, lr = tiny(scale, attention), noise_of_16_bits(19, 13)
+    expected = in_one_piece(network, lr)
+    for rows in (1, 4, 5, 18):
+        assert same(upscale(network, lr, strip_rows=rows), expected)
 
 
-def test_strips_of_other_activations_change_nothing():
+def test_strips_of_other_activations_and_orientations_change_nothing():
     torch.manual_seed(0)
-    network = model.RCAN(4, 8, 4, 2, 2, activation="silu", upsampler_activation=True).eval()
-    x = torch.rand(1, 3, 19, 13)
-    with torch.inference_mode():
-        parts = torch.cat([strip for _, strip in upscaling._strips(network, x, 4)], 2)
-        assert (parts - network(x)).abs().max() < 1e-6
+    network, lr = model.RCAN(4, 8, 4, 2, 2, activation="silu", upsampler_activation=True).eval(), noise_of_16_bits(19, 13)
+    assert same(upscale(network, lr, strip_rows=4), in_one_piece(network, lr))
+    assert same(upscale(network, lr, True, strip_rows=4), upscale(network, lr, True))
 
 
-@pytest.mark.parametrize("self_ensemble", [False, True])
-def test_a_picture_in_strips_is_that_in_one_piece(self_ensemble):
-    lr = drawn_image(21, 16)
-    whole, parts = (upscale(tiny(3), lr, self_ensemble, strip_rows=rows) for rows in (100, 4))
-    assert abs(whole.astype(int) - parts).max() <= 1  # where a value lies at a half
-    assert (whole != parts).mean() < 0.001
+def upsampled(network, error=None, more_than=0):
+    """The (width, rows) that the upsampler is given from now on; above so many rows it raises the error."""
+    seen = []
+
+    def note(_, arguments):
+        seen.append((arguments[0].shape[3], arguments[0].shape[2]))
+        if error and seen[-1][1] > more_than:
+            raise error
+
+    network.upsampling[0].register_forward_pre_hook(note)
+    return seen
 
 
-def test_strips_are_chosen_by_their_size():
-    light, full = model.rcan_light_x4(), model.rcan_x4()
-    assert upscaling._affordable_rows(light, 1920) == 384 * 2**20 // (3 * 4 * 48 * 16 * 1920)
-    assert upscaling._affordable_rows(full, 10**6) == upscaling.MIN_ROWS
-    assert upscaling._affordable_rows(light, 48) > 48
-    assert upscaling._affordable_rows(Enlarge(), 9) > 10**6
-
-
-def test_turned_pictures_have_strips_of_their_own(monkeypatch):
-    asked, strips = [], upscaling._strips
-    monkeypatch.setattr(upscaling, "STRIP_BYTES", 3 * 4 * 8 * 4 * 30 * 10)  # ten rows of 30 LR pixels
-    monkeypatch.setattr(upscaling, "_strips", lambda network, x, rows: asked.append((x.shape[3], rows)) or strips(network, x, rows))
-    upscale(tiny(2), drawn_image(30, 10), self_ensemble=True)
-    assert sorted(set(asked)) == [(10, 30), (30, 10)]
-
-
-def test_sixteen_bits_are_computed_in_fp32():
-    lr = np.full((4, 5, 3), 12345, np.uint16)
-    assert (upscale(Overflowing(), lr, precision="bf16") == 12345).all()  # without a warning
+def test_strips_have_the_rows_that_fit_into_their_bytes_in_each_orientation(monkeypatch):
+    network = tiny(2)
+    monkeypatch.setattr(upscaling, "STRIP_BYTES", 3 * 4 * 8 * 4 * 30 * 10)  # three maps, float32, 8 channels, 2 x 2 pixels, 10 rows of 30
+    seen = upsampled(network)
+    upscale(network, drawn_image(30, 20), self_ensemble=True)
+    reach = 3  # rows above or below, for the convolutions
+    assert set(seen) == {(20, 15 + reach), (30, 10 + reach)}
+    monkeypatch.setattr(upscaling, "STRIP_BYTES", 1)
+    seen.clear()
+    upscale(network, drawn_image(30, 20))
+    assert max(rows for _, rows in seen) == upscaling.MIN_ROWS + 2 * reach
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_the_peak_falls_fourfold():
+def test_strips_bound_the_memory():
     code = """
-import sys, numpy as np, torch, model, upscaling
-torch.set_num_threads(1); torch.manual_seed(0)
-upscaling.STRIP_BYTES = 32 * 2**20
+import numpy as np, torch, model, upscaling
+torch.set_num_threads(1)
+upscaling.STRIP_BYTES = 16 * 2**20
 peak = lambda: next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-network, lr = model.RCAN(4, 32, 4, 1, 1).eval(), np.zeros((256, 320, 3), np.uint8)
+network, lr = model.RCAN(4, 16, 4, 1, 1).eval(), np.zeros((400, 480, 3), np.uint8)
 upscaling.upscale(network, lr[:16, :16])
-before = peak()
-upscaling.upscale(network, lr, strip_rows=int(sys.argv[1]) or None)
-print(peak() - before)
-"""
-    whole, strips = (
-        float(subprocess.run([sys.executable, "-c", code, rows], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout)
-        for rows in ("1000", "0")
-    )
-    assert whole > 4 * strips
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_full_hd_takes_under_3_gb():
-    code = """
-import numpy as np, torch, model, upscaling, utils
-network = model.RCAN(4, **{**model.LIGHT_SIZE, "num_rg": 1, "num_rcab": 1}).eval()  # more groups take turns in the same memory
-upscaling.upscale(network, np.zeros((1080, 1920, 3), np.uint8))
-print(utils.peak_memory(torch.device("cpu")))
+start = peak()
+upscaling.upscale(network, lr)
+strips = peak()
+upscaling.upscale(network, lr, strip_rows=1000)
+print(strips - start, peak() - start)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert 1 < float(done.stdout) * 2**30 / 1e9 < 3
+    strips, whole = map(float, done.stdout.split())  # MiB
+    assert whole > 4 * strips
+    trunk = 3 * 16 * 400 * 480 * 4 / 2**20  # three feature maps in float32
+    assert strips < trunk + 4 * 16  # a strip of the upsampler, its parts, the images
 
 
 # Memory that runs out
 
-
-def out_of_memory_above(rows, monkeypatch, error):
-    strips, tried = upscaling._strips, []
-
-    def limited(network, x, wanted):
-        tried.append(min(wanted, x.shape[2]))
-        if tried[-1] > rows:
-            raise error
-        return strips(network, x, wanted)
-
-    monkeypatch.setattr(upscaling, "_strips", limited)
-    return tried
-
-
 CPU_ERROR = RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+MEMORY_ERRORS = {
+    "cuda": torch.OutOfMemoryError("CUDA out of memory."),
+    "cpu": CPU_ERROR,
+    "numpy": MemoryError(),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "cudnn's plan": RuntimeError("GET was unable to find an engine to execute this computation"),
+    "cudnn": RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+}
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), CPU_ERROR, MemoryError()], ids=["cuda", "cpu", "numpy"])
-def test_a_smaller_strip_is_tried_when_memory_runs_out(monkeypatch, error):
-    lr = drawn_image(30, 16)
-    expected = upscale(tiny(2), lr)
-    tried = out_of_memory_above(8, monkeypatch, error)
-    with pytest.warns(UserWarning, match="out of memory; trying again with") as said:
-        found = upscale(tiny(2), lr)
-    assert tried == [30, 15, 7]
-    assert len(said) == 2
-    assert abs(found.astype(int) - expected).max() <= 1
+@pytest.mark.parametrize("kind", MEMORY_ERRORS)
+def test_smaller_strips_are_tried_when_memory_runs_out(kind):
+    network, lr = tiny(2), noise_of_16_bits(30, 16)
+    expected = in_one_piece(network, lr)
+    tried = upsampled(network, MEMORY_ERRORS[kind], more_than=13)
+    with pytest.warns(UserWarning, match="15 instead of 30"), pytest.warns(UserWarning, match="7 instead of 15"):
+        found = upscale(network, lr)
+    assert [rows for _, rows in tried] == [30, 15 + 3, 7 + 3, 7 + 6, 7 + 6, 7 + 5, 2 + 3]
+    assert same(found, expected)
 
 
-def test_there_is_a_minimum_and_then_a_sentence(monkeypatch):
-    tried = out_of_memory_above(0, monkeypatch, CPU_ERROR)
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"picture of 16x30 doesn't fit into memory, even 4 rows .* --tile 256"):
-        upscale(tiny(2), drawn_image(30, 16))
-    assert tried == [30, 15, 7, 4]
+def test_when_the_smallest_strips_are_too_large_the_image_and_the_remedy_are_named():
+    network = tiny(2)
+    tried = upsampled(network, CPU_ERROR)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"16x30.* --tile 256"):
+        upscale(network, drawn_image(30, 16))
+    assert [rows for _, rows in tried] == [30, 15 + 3, 7 + 3, 4 + 3]
 
 
-def test_other_errors_are_not_taken_for_memory(monkeypatch):
-    out_of_memory_above(0, monkeypatch, RuntimeError("shapes differ"))
+def test_other_errors_are_not_taken_for_memory():
+    network = tiny(2)
+    upsampled(network, RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"):
-        upscale(tiny(2), drawn_image(30, 16))
+        upscale(network, drawn_image(30, 16))
 
 
 # Output that is not finite
@@ -200,17 +181,19 @@ class Overflowing(Enlarge):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_what_overflows_is_computed_again_in_fp32(precision):
+def test_output_that_overflows_is_computed_again_in_fp32(precision):
     lr = drawn_image(5, 7)
-    with pytest.warns(UserWarning, match=f"the output in {precision} is not finite; this picture is computed again in fp32"):
+    with pytest.warns(UserWarning, match=precision):
         sr = upscale(Overflowing(), lr, precision=precision)
     assert (sr == lr.repeat(2, 0).repeat(2, 1)).all()
+    lr = noise_of_16_bits(5, 7)  # always in fp32, without a warning
+    assert (upscale(Overflowing(), lr, precision=precision) == lr.repeat(2, 0).repeat(2, 1)).all()
 
 
-def test_output_that_is_not_finite_never_becomes_a_picture():
-    with pytest.raises(ValueError, match="picture of 7x5 is not finite"):
+def test_output_that_is_not_finite_never_becomes_an_image():
+    with pytest.raises(ValueError, match="7x5"):
         upscale(Enlarge(float("nan")), drawn_image(5, 7))
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="is not finite"):
+    with pytest.warns(UserWarning, match="bf16"), pytest.raises(ValueError, match="7x5"):
         upscale(Enlarge(float("inf")), drawn_image(5, 7), precision="bf16")
 
 
@@ -224,72 +207,60 @@ def test_bf16_is_near_fp32():
 # Tiles
 
 
-@pytest.mark.parametrize("factor", [2, 3, 4, 8])
-@pytest.mark.parametrize(("tile", "overlap"), [(8, 0), (9, 4), (16, 5), (33, 16), (64, 8)])
+@pytest.mark.parametrize("factor", [2, 3])
+@pytest.mark.parametrize(("tile", "overlap"), [(8, 0), (9, 4), (16, 5), (33, 16)])
 def test_tiles_cover_every_pixel_of_every_size(factor, tile, overlap):
-    network = Enlarge(factor=factor)
-    for height, width in itertools.product((8, 9, 17, 33, 47, 70), (8, 15, 32, 69)):
+    for height, width in itertools.product((8, 9, 17, 33, 70), (8, 15, 32, 69)):
         lr = noise_image(height, width)
-        assert (upscale(network, lr, tile=tile, tile_overlap=overlap) == lr.repeat(factor, 0).repeat(factor, 1)).all()
+        assert (upscale(Enlarge(factor=factor), lr, tile=tile, tile_overlap=overlap) == lr.repeat(factor, 0).repeat(factor, 1)).all()
 
 
-class Neutral(nn.Module):
-    gates = ()
+class First(Enlarge):
+    """1 for the first image that it is given, 0 for all others."""
 
     def forward(self, x):
-        return x
+        self.calls = getattr(self, "calls", 0) + 1
+        return torch.full_like(super().forward(x), float(self.calls == 1))
+
+
+def test_shares_of_tiles_by_hand():
+    """48 columns are tiles at 0 and 16; of the 16 that both have, the outer 4 of each tile aren't used: 1, then 8/9 … 1/9, then 0."""
+    sr = upscale(First(factor=1), noise_of_16_bits(32, 48), tile=32, tile_overlap=16)
+    shares = [*20 * [1], *(ninth / 9 for ninth in range(8, 0, -1)), *20 * [0]]
+    assert np.abs(sr / 65535 - np.array(shares)[:, None]).max() < 1e-4
+
+
+class Neutral(model.ChannelAttention):
+    gates = ()
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4, 8])
 def test_without_attention_tiles_change_nothing(scale):
-    network = tiny(scale, num_rg=1, num_rcab=1)
-    network.trunk[0].residual_group[0].residual_channel_attention_block[3] = Neutral()
-    lr = noise_image(61, 50)
-    x = torch.from_numpy(lr).permute(2, 0, 1)[None] / 255
-    with torch.inference_mode():
-        whole = network(x)
-        tiled = torch.cat([part for _, part in upscaling._tiles(network, x, 100, 40, 32)], 2)
-    assert (tiled - whole).abs().max() < 1e-5  # each tile's outer 8 rows aren't used; the network looks 7 and a bit far
+    network, lr = tiny(scale, num_rg=1, num_rcab=1), noise_of_16_bits(61, 50)
+    network.trunk[0].residual_group[0].residual_channel_attention_block[3] = Neutral(8, 4)
+    found = upscale(network, lr, tile=40, tile_overlap=32)
+    assert same(found, in_one_piece(network, lr))  # each tile's outer 8 rows aren't used; the network looks 7 and a bit far
 
 
 def test_with_attention_tiles_change_the_result_and_seams_are_no_worse():
     network = weights.load(REPOSITORY / "assets/weights/rcan_light_x2.pth.tar")
-    lr = imgproc.imresize(skimage.data.astronaut(), 1 / 4)  # 128 x 128
-    x = torch.from_numpy(lr).permute(2, 0, 1)[None] / 255
-    with torch.inference_mode():
-        whole = network(x)
-        tiled = torch.cat([part for _, part in upscaling._tiles(network, x, 100, 48, 16)], 2)
-    difference = (tiled - whole).abs().mean((0, 1))  # (H, W)
+    lr = imgproc.imresize(skimage.data.astronaut(), 1 / 4).astype(np.uint16) * 257  # 128 x 128
+    tiled, whole = (upscale(network, lr, tile=tile, tile_overlap=16) / 65535 for tile in (48, 0))
+    difference = np.abs(tiled - whole).mean(2)  # (H, W)
     assert 1e-5 < difference.mean() < 1e-2
-    starts = upscaling._starts(128, 48, 16)
     shared = np.zeros(256, bool)
-    for before, start in itertools.pairwise(starts):
+    for before, start in itertools.pairwise((0, 27, 53, 80)):  # four tiles of 48, evenly spread over 128
         shared[2 * start : 2 * (before + 48)] = True
-    seams = torch.from_numpy(shared[:, None] | shared)
+    seams = shared[:, None] | shared
     assert difference[seams].mean() <= 1.5 * difference[~seams].mean()
 
 
-def test_starts_by_hand():
-    assert upscaling._starts(100, 100, 10) == [0]
-    assert upscaling._starts(101, 100, 10) == [0, 1]
-    assert upscaling._starts(190, 100, 10) == [0, 90]
-    assert upscaling._starts(191, 100, 10) == [0, 46, 91]
-
-
-def test_shares_sum_to_one_and_leave_out_the_cut_edges():
-    shares = upscaling._blending([0, 16], 32, 48, 16, 1)
-    assert torch.allclose(shares.sum(0), torch.ones(48))
-    assert shares[0, :20].tolist() == [1] * 20  # 16 to 31 are shared; the outer 4 of each tile are not used
-    assert shares[0, 20:28].tolist() == approx([8 / 9, 7 / 9, 6 / 9, 5 / 9, 4 / 9, 3 / 9, 2 / 9, 1 / 9])
-    assert shares[0, 28:].tolist() == [0] * 20
-
-
-def test_self_ensemble_and_memory_work_in_tiles(monkeypatch):
-    lr = drawn_image(40, 30)
-    sr = upscale(tiny(2), lr, self_ensemble=True, tile=24, tile_overlap=8)
+def test_self_ensemble_and_memory_work_in_tiles():
+    network, lr = tiny(2), drawn_image(40, 30)
+    sr = upscale(network, lr, self_ensemble=True, tile=24, tile_overlap=8)
     assert sr.shape == (80, 60, 3)
-    assert imgproc.psnr(sr, upscale(tiny(2), lr, self_ensemble=True), 0) > 25
-    out_of_memory_above(8, monkeypatch, CPU_ERROR)
-    with pytest.warns(UserWarning, match="out of memory"):
-        again = upscale(tiny(2), lr, self_ensemble=True, tile=24, tile_overlap=8)
+    assert imgproc.psnr(sr, upscale(network, lr, self_ensemble=True), 0) > 25
+    upsampled(network, CPU_ERROR, more_than=15)
+    with pytest.warns(UserWarning, match="12 instead of 24"):
+        again = upscale(network, lr, self_ensemble=True, tile=24, tile_overlap=8)
     assert abs(sr.astype(int) - again).max() <= 1
