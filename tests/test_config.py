@@ -1,99 +1,229 @@
-"""Settings: what is refused, before anything is read, and that the file and the command line are one."""
+"""Settings: types and ranges by kind, contradictions, and that the file, the command line and the help are one."""
 
 import dataclasses
+import math
 import re
+import subprocess
+import sys
 from pathlib import Path
-from typing import get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
 from config import Config, parse, released_weights, weights_name
-from config_improved import ImprovedConfig
-from helpers import REPOSITORY
+from config_improved import ImprovedConfig, parse_improved
+from helpers import REPOSITORY, write_set
+
+HINTS = get_type_hints(ImprovedConfig)
+FIELDS = [field.name for field in dataclasses.fields(ImprovedConfig)]
 
 
-def test_a_line_is_an_option():
-    config = parse(Config, "train", ["--batch_size", "8", "--test_sets", "Set5", "Set14", "--self_ensemble", "True", "--channels", "32"])
-    assert (config.batch_size, config.test_sets, config.self_ensemble, config.channels) == (8, ("Set5", "Set14"), True, 32)
-    assert parse(Config, "train", []) == Config()
+def kind_of(hint):
+    """The kind of a type, for the tables below."""
+    return "choice" if any(get_origin(part) is Literal for part in (hint, *get_args(hint))) else hint
 
 
-def test_every_setting_has_its_comment_in_the_help(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        parse(Config, "train", ["--help"])
-    shown = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
-    lines = re.findall(r"^    (\w+): .*?  # (.+)$", (REPOSITORY / "config.py").read_text(encoding="utf-8"), re.MULTILINE)
-    assert [name for name, _ in lines] == [field.name for field in dataclasses.fields(Config)]
-    for name, comment in lines:
-        assert f"--{name} " in shown
-        assert comment.split("; ")[0] in shown
+# The laws of ranges and types, for every setting
 
 
-@pytest.mark.parametrize(
-    ("argv", "hint"),
-    [
-        (["--batchsize", "8"], "batch_size"),
-        (["--model_arch_name", "rcan_x5"], "rcan_x4"),
-        (["--batch_size", "many"], "batch_size"),
-        (["--precision", "fp8"], "bf16"),
-        (["--adam_betas", "0.9"], "adam_betas"),
-        (["--self_ensemble", "perhaps"], "True"),
-    ],
-)
-def test_a_slip_is_answered_with_what_is_known(argv, hint, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        parse(Config, "train", argv)
-    assert hint in capsys.readouterr().err
+RANGES = {  # values within, and beyond
+    "at least 1": ([1, 2, 1000], [0, -1]),
+    "at least 0": ([0, 1, 1000], [-1]),
+    "more than 0 and less than 1": ([1e-9, 0.5, 0.999], [0.0, 1.0, -0.1]),
+    "at least 0 and less than 1": ([0.0, 0.5, 0.999], [1.0, -0.1]),
+    "0 or more than 1": ([0.0, 1.1, 10.0], [1.0, 0.5, -1.0]),
+}
+FREE = {"start_epoch": [0], "accumulation_steps": [1], "initial_spatial_gate": [0.9], "lr_patch_size": [8], "reduction": [1]}
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"upscale_factor": 2}, "='rcan_x4' contradicts upscale_factor=2: set model_arch_name='rcan_x2' or upscale_factor=4"),
-        ({"batch_size": "16"}, "batch_size='16' must be int"),
-        ({"batch_size": 16.0}, "batch_size=16.0 must be int"),
-        ({"epochs": True}, "epochs=True must be int"),
-        ({"train_sets": ("T91")}, r"train_sets='T91' must be tuple\[str, ...\]"),
-        ({"train_sets": ["T91"]}, "train_sets="),
-        ({"precision": "half"}, r"precision='half' must be Literal\['auto', 'fp32', 'bf16', 'fp16'\]"),
-        ({"model_arch_name": "rcan"}, "model_arch_name='rcan' must be"),
-        ({"channels": 1.5}, "channels=1.5 must be int | None"),
-        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
-        ({"num_workers": -1}, "num_workers=-1 must be at least 0"),
-        ({"clip_grad_norm": float("nan")}, "clip_grad_norm=nan"),
-        ({"learning_rate": 2.0}, "learning_rate=2.0 must lie between 0 and 1"),
-        ({"ema_decay": 1.0}, "ema_decay=1.0"),
-        ({"adam_betas": (0.9, 1.0)}, "adam_betas="),
-        ({"start_epoch": 2000}, "start_epoch=2000 is not before the end, epochs=1000"),
-        ({"start_epoch": 2, "resume": "never"}, "start_epoch=2 contradicts resume='never'"),
-        ({"valid_sets": ("Set5", "Set5")}, "names a set twice"),
-    ],
-)
-def test_what_cannot_be_is_refused_with_the_remedy(settings, message):
-    with pytest.raises(ValueError, match=message):
-        Config(**settings)
+def given(name, value):
+    return {name: (value, 0.5) if name == "adam_betas" else value}
 
 
-@pytest.mark.parametrize(("line", "value"), [("batch_size", "16"), ("learning_rate", "1e-4"), ("upscale_factor", 5), ("test_sets", "Set5")])
-def test_a_slip_in_the_edited_file_is_refused(line, value, capsys):
-    hint = get_type_hints(Config)[line]
-    edited = dataclasses.make_dataclass("Edited", [(line, hint, value)], bases=(Config,), frozen=True, kw_only=True)
-    with pytest.raises((ValueError, SystemExit)) as error:
-        parse(edited, "train", [])
-    assert line in f"{error.value} {capsys.readouterr().err}"
+@pytest.mark.parametrize("name", ImprovedConfig.RANGES)
+def test_every_number_keeps_to_its_range(name):
+    within, beyond = RANGES[ImprovedConfig.RANGES[name]]
+    is_float = "float" in str(HINTS[name])
+    for value in FREE.get(name, within):
+        assert ImprovedConfig(**given(name, value))
+    for value in [*beyond, *([math.nan, math.inf, -math.inf] if is_float else [2**63, 10**400, -(10**5000)])]:
+        with pytest.raises(ValueError, match=f"^{name}="):
+            ImprovedConfig(**given(name, float(value) if is_float and value != 2**63 else value))
+
+
+def test_every_number_has_a_range():
+    numbers = {name for name in FIELDS if kind_of(HINTS[name]) in (int, float, int | None, float | None, tuple[float, float])}
+    assert numbers == ImprovedConfig.RANGES.keys() > Config.RANGES.keys()
+    assert set(ImprovedConfig.RANGES.values()) == RANGES.keys()
+
+
+WRONG = {  # in the edited file, and on the command line
+    int: (["5", 5.0, True, None, (5,)], ["five"]),
+    float: (["0.5", True, None, (0.5,), 1j], ["half"]),
+    bool: ([1, "True", None], ["perhaps"]),
+    str: ([5, None, ("a",), b"a", Path("a")], []),
+    int | None: (["5", 5.0, False, (5,)], ["five"]),
+    float | None: (["0.5", True, (0.5,)], ["half"]),
+    tuple[str, ...]: (["Set5", ["Set5"], None, (5,), ("Set5", None)], []),
+    tuple[float, float]: ([0.9, (0.9,), (0.9, 0.99, 0.999), [0.9, 0.999], ("0.9", "0.999"), None], ["0.9", "half"]),
+    str | tuple[str, ...]: ([5, None, ["w.pth"], (5,), b"w.pth"], []),
+    "choice": ([0, -1, 5.5, "nonsense", "", ("cbam",), True], ["nonsense"]),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_value_of_another_type_in_the_file_is_refused_with_the_files_name(name):
+    own = name in vars(ImprovedConfig)["__annotations__"]
+    for value in WRONG[kind_of(HINTS[name])][0]:
+        with pytest.raises(ValueError, match=rf"^{name}=.*{'config_improved' if own else 'config'}\.py"):
+            ImprovedConfig(**{name: value})
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (_, words) in WRONG.items() if words], ids=str)
+def test_a_word_that_is_no_value_is_refused_with_the_option(kind, capsys):
+    name = next(name for name in FIELDS if kind_of(HINTS[name]) == kind and name not in ImprovedConfig.TESTING_ALONE)
+    with pytest.raises(SystemExit) as end:
+        parse_improved([f"--{name}", *WRONG[kind][1]])
+    assert end.value.code == 2
+    assert name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\ud800", "caf\udce9"], ids=["null", "surrogate", "latin-1"])
+def test_what_can_be_no_name_is_refused(text):
+    for name in FIELDS:
+        values = {str: [text], tuple[str, ...]: [("a", text)], str | tuple[str, ...]: [text, ("a", text)]}.get(kind_of(HINTS[name]), [])
+        for value in values:
+            with pytest.raises(ValueError, match=f"^{name}="):
+                ImprovedConfig(**{name: value})
 
 
 def test_whole_numbers_do_for_floats():
     assert Config(clip_grad_norm=1).clip_grad_norm == 1
 
 
-@pytest.mark.parametrize(("mode", "script", "fits"), [("train", "train", True), ("valid", "test", True), ("test", "train", False)])
-def test_a_mode_that_contradicts_the_script_is_refused(mode, script, fits):
-    if fits:
-        assert parse(Config, script, ["--mode", mode]).mode == mode
-    else:
-        with pytest.raises(ValueError, match="mode='test' contradicts this script, which can only train"):
-            parse(Config, script, ["--mode", mode])
+@pytest.mark.parametrize(
+    ("line", "value"), [("batch_size", "16"), ("learning_rate", "1e-4"), ("upscale_factor", 5), ("train_sets", "Set5")]
+)
+def test_a_slip_in_the_edited_file_is_refused(line, value):
+    edited = dataclasses.make_dataclass("Edited", [(line, HINTS[line], value)], bases=(Config,), frozen=True, kw_only=True)
+    with pytest.raises(ValueError, match=f"^{line}="):
+        parse(edited, "train", [])
+
+
+# Contradictions
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"upscale_factor": 2}, ["rcan_x4", "rcan_x2", "upscale_factor=4"]),
+        ({"start_epoch": 2000}, ["start_epoch=2000", "epochs=1000"]),
+        ({"start_epoch": 2, "resume": "never"}, ["start_epoch=2", "resume='never'"]),
+        ({"resume": ""}, ["resume=''", "auto"]),
+        ({"valid_sets": ("Set5", "Set5")}, ["valid_sets"]),
+        ({"batch_size": 6, "accumulation_steps": 4}, ["accumulation_steps=4", "batch_size=6"]),
+        ({"epochs": 2**62, "steps_per_epoch": 2}, ["epochs", "steps_per_epoch=2"]),
+        ({"attention": "cbam"}, ["attention='cbam'", "rcan_x4", "attention=None"]),
+        ({"attention": "channel", "model_arch_name": "rcan_cbam_x4"}, ["attention='channel'", "attention='cbam'"]),
+        ({"initial_spatial_gate": 0.9}, ["initial_spatial_gate=0.9", "rcan_x4"]),
+    ],
+)
+def test_contradicting_settings_are_refused_by_name(settings, names):
+    with pytest.raises(ValueError, match=re.escape(names[0])) as error:
+        Config(**settings)
+    assert all(name in str(error.value) for name in names)
+    assert "\n" not in str(error.value)
+
+
+# The command line
+
+
+def test_a_line_is_an_option():
+    config = parse(Config, "train", ["--batch_size", "8", "--valid_sets", "Set5", "Set14", "--compile", "True", "--channels=32"])
+    assert (config.batch_size, config.valid_sets, config.compile, config.channels) == (8, ("Set5", "Set14"), True, 32)
+    assert parse(Config, "train", []) == parse(Config, "test", []) == parse(Config, None, []) == Config()
+
+
+@pytest.mark.parametrize("mode", ["train", "test"])
+def test_the_help_has_every_setting_that_the_script_uses_with_its_comment(mode, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(Config, mode, ["--help"])
+    assert end.value.code == 0
+    shown = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    lines = re.findall(r"^    (\w+): .+?  # (.+)$", (REPOSITORY / "config.py").read_text(encoding="utf-8"), re.MULTILINE)
+    lines = [(name, comment) for name, comment in lines if name in {field.name for field in dataclasses.fields(Config)}]
+    assert [name for name, _ in lines] == [field.name for field in dataclasses.fields(Config)]
+    unused = Config.NOT_IN_TRAINING if mode == "train" else {name for name, _ in lines} - Config.TESTING
+    for name, comment in lines:
+        assert (f"--{name} " in shown) == (name not in unused), name
+        assert name in unused or comment in shown, name
+    if mode == "train":  # in groups, in this order
+        groups = ("The network", "The run", "Data", "Optimizer", "Device", "Reports")
+        places = [re.search(rf"{group} options", shown).start() for group in groups]
+        assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    ("mode", "argv", "names"),
+    [
+        ("train", ["--model_path", "x.pth"], ["model_path", "pretrained_model_path", "test.py"]),
+        ("train", ["--perceptual_weight", "1"], ["perceptual_weight", "train_improved.py"]),
+        ("train", ["--preset=light"], ["preset", "train_improved.py"]),
+        ("train", ["--schedule", "cosine", "--halve_every", "5"], ["halve_every", "schedule"]),
+        ("test", ["--epochs", "3"], ["epochs", "train.py"]),
+        ("test", ["--pretrained_model_path", "x.pth"], ["pretrained_model_path", "model_path"]),
+        ("test", ["--input", "x.png"], ["input", "inference.py"]),
+        ("test", ["--model_path", "x.pth", "--upscale_factor", "2", "--model_arch_name", "rcan_x2"], ["model_arch_name", "model_path"]),
+        ("train", ["--mode", "test"], ["mode='test'", "train"]),
+        ("test", ["--mode", "train"], ["mode='train'", "test"]),
+    ],
+)
+def test_an_option_without_effect_is_refused_and_what_was_meant_is_named(mode, argv, names):
+    with pytest.raises(ValueError, match=names[0]) as error:
+        parse(Config, mode, argv)
+    assert all(name in str(error.value) for name in names)
+
+
+def test_edited_lines_that_another_script_uses_are_fine():
+    assert parse(Config, "train", [], {"model_path": "x.pth"}).model_path == "x.pth"
+    assert parse(Config, "test", ["--mode", "valid"], {"epochs": 3}).epochs == 3
+    assert parse(Config, None, ["--model_path", "x.pth", "--epochs", "3"]).epochs == 3  # a script for both
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"), [(["--batchsize", "8"], "--batch_size"), (["--lr", "1"], "--"), (["--model_arch_name", "rcan_x5"], "rcan_x4")]
+)
+def test_a_slip_is_answered_with_what_is_known(argv, hint, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(Config, "train", argv)
+    assert end.value.code == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_importing_the_settings_is_cheap_and_reads_no_arguments():
+    probe = "import sys; sys.argv = ['x', '--y']; import config_improved; print({'torch', 'numpy', 'tyro'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", probe], cwd=REPOSITORY, text=True).strip() == "set()"
+
+
+def test_settings_cannot_be_changed_after_they_were_checked():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().epochs = 0
+
+
+def test_an_image_whose_name_is_not_utf_8_is_refused(tmp_path):
+    """Python reads such a byte, as old archives have it, as half a character, which no report can hold."""
+    import dataset
+
+    write_set(tmp_path / "Set", [(40, 44)])
+    try:
+        (tmp_path / "Set" / "GT" / "a.png").rename(tmp_path / "Set" / "GT" / "caf\udce9.png")
+    except (OSError, UnicodeError):
+        pytest.skip("names are UTF-8 on this disk")
+    with pytest.raises(ValueError, match=r"caf\\udce9\.png"):
+        dataset.find_pairs(tmp_path / "Set", 2)
+
+
+# What follows from the settings
 
 
 def test_what_follows_is_computed():
@@ -160,33 +290,6 @@ def test_several_weights_have_a_folder_each(tmp_path):
     both = {"results_dir": str(tmp_path), "model_path": ("x/a.pth", "run/best.pth.tar")}
     assert Config(**both).test_dir(Path("run/best.pth.tar")) == tmp_path / "run" / "test"
     assert Config(**both, exp_name="all").test_dir(Path("x/a.pth")) == tmp_path / "all" / "test" / "a"
-
-
-def test_improved_settings_restate_only_what_differs():
-    plain, improved = Config(), ImprovedConfig()
-    assert {name for name in dataclasses.asdict(plain) if getattr(plain, name) != getattr(improved, name)} == {
-        "model_arch_name",
-        "attention",
-        "initial_spatial_gate",
-    }
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            {"attention": "cbam"},
-            "attention='cbam' contradicts model_arch_name='rcan_x4': set attention=None and initial_spatial_gate=None, or",
-        ),
-        ({"attention": "channel", "model_arch_name": "rcan_cbam_x4"}, "set attention='cbam', or a model without cbam in its name"),
-        ({"initial_spatial_gate": 0.9}, "initial_spatial_gate=0.9 contradicts model_arch_name='rcan_x4', which has no such gate"),
-        ({"initial_channel_gate": 1.0}, "initial_channel_gate=1.0 must lie between 0 and 1"),
-        ({"initial_spatial_gate": 0.0, "model_arch_name": "rcan_cbam_x4"}, "initial_spatial_gate=0.0 must lie between 0 and 1"),
-    ],
-)
-def test_a_model_and_its_attention_agree(settings, message):
-    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(".", r"\.")):
-        Config(**settings)
 
 
 def test_what_the_model_is_told():

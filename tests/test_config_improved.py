@@ -3,8 +3,6 @@
 import dataclasses
 import importlib.util
 import re
-import shlex
-import subprocess
 import sys
 from typing import get_args
 
@@ -89,25 +87,18 @@ def test_changes_win_over_a_preset():
 
 
 def test_an_unknown_preset_is_answered_with_the_known(capsys):
-    with pytest.raises(ValueError, match="preset='nonsense' is unknown; known are 'psnr', 'perceptual', 'light', 'light_perceptual'"):
+    with pytest.raises(ValueError, match="preset='nonsense'"):
         preset("nonsense")
-    with pytest.raises(SystemExit) as error:
-        parse_improved(["--preset", "nonsense"])
-    assert error.value.code == 2
-    shown = capsys.readouterr().err
-    assert all(f"'{name}'" in shown for name in ("nonsense", *PRESETS))
-
-
-def test_a_slip_beside_a_preset_is_answered_with_what_is_known(capsys):
-    for argv, hint in (
-        (["--preset", "light", "--epoch", "3"], "--epochs"),
-        (["--presets", "light"], "--preset"),
-        (["--preset"], "--preset"),
+    for argv, hints in (
+        (["--preset", "nonsense"], PRESETS),
+        (["--preset", "light", "--epoch", "3"], ["--epochs"]),
+        (["--preset"], ["preset"]),
     ):
-        with pytest.raises(SystemExit) as error:
+        with pytest.raises(SystemExit) as end:
             parse_improved(argv)
-        assert error.value.code == 2
-        assert hint in capsys.readouterr().err
+        assert end.value.code == 2
+        said = capsys.readouterr().err
+        assert all(hint in said for hint in hints)
 
 
 # Which value wins
@@ -167,25 +158,13 @@ def test_the_command_line_may_resolve_what_file_and_preset_contradict(edit):
     assert edited.parse_improved(["--preset", "light", "--model_arch_name", "rcan_light_cbam_x2"]).upscale_factor == 2
 
 
-def test_the_help_shows_the_presets_values_and_every_comment(capsys):
-    with pytest.raises(SystemExit) as error:
+def test_the_help_shows_the_presets_values(capsys):
+    with pytest.raises(SystemExit) as end:
         parse_improved(["--preset", "light", "--help"])
-    assert error.value.code == 0
+    assert end.value.code == 0
     shown = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
     assert f"(default: {PRESETS['light']['steps_per_epoch']})" in shown
-    source = (REPOSITORY / "config_improved.py").read_text(encoding="utf-8").split("@property")[0]
-    lines = re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE)
-    assert {name for name, _ in lines} >= {field.name for field in dataclasses.fields(ImprovedConfig)} - {
-        field.name for field in dataclasses.fields(Config)
-    }
-    for name, comment in lines:
-        assert f"--{name} " in shown
-        assert comment.split("; ")[0] in shown
-
-
-def test_only_a_training_is_parsed():
-    with pytest.raises(ValueError, match="mode='test' contradicts this script, which can only train"):
-        parse_improved(["--mode", "test"])
+    assert all(f"--{name} " in shown for name in (*dataclasses.asdict(ImprovedConfig()),) if name not in Config.TESTING_ALONE)
 
 
 # What follows
@@ -199,15 +178,18 @@ def test_the_runs_folder_names_the_model_and_the_preset():
     assert len({preset(name).experiment_dir for name in PRESETS}) == len(PRESETS)
 
 
-FITTING = [(gt, scale) for gt in (96, 128, 144, 192, 256) for scale in (2, 3, 4, 8) if gt % scale == 0]
-
-
-@pytest.mark.parametrize(("gt", "scale"), FITTING)
 @pytest.mark.parametrize("name", PRESETS)
-def test_any_gt_patch_at_any_scale(name, gt, scale):
+def test_any_gt_patch_at_any_scale(name):
     family = preset(name).model_arch_name.rsplit("_x", 1)[0]
-    chosen = preset(name, model_arch_name=f"{family}_x{scale}", upscale_factor=scale, lr_patch_size=gt // scale)
-    assert chosen.gt_patch_size == gt
+    for gt, scale in ((96, 2), (144, 3), (128, 4), (192, 8)):
+        chosen = preset(name, model_arch_name=f"{family}_x{scale}", upscale_factor=scale, lr_patch_size=gt // scale)
+        assert chosen.gt_patch_size == gt
+
+
+def test_improved_settings_restate_only_what_differs():
+    plain, improved = Config(), ImprovedConfig()
+    changed = {name for name in dataclasses.asdict(plain) if getattr(plain, name) != getattr(improved, name)}
+    assert changed == {"model_arch_name", "attention", "initial_spatial_gate"}
 
 
 # What is refused
@@ -218,38 +200,34 @@ def composite(**changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "names"),
     [
-        ({"lr_patch_size": 3, "adversarial_weight": 0.0},
-         "lr_patch_size=3 at upscale_factor=4 gives GT patches of 12, but perceptual_weight=0.006 needs 16: set .* to at least 4"),
-        ({"lr_patch_size": 7, "perceptual_weight": 0.0},
-         "lr_patch_size=7 at upscale_factor=4 gives GT patches of 28, but adversarial_weight=0.001 needs 32: set .* to at least 8"),
-        ({"lr_patch_size": 15, "batch_size": 1},
-         "batch_size=1 contradicts adversarial_weight=0.001 with GT patches of 60: .* set batch_size to at least 2, or larger patches"),
-        ({"l1_weight": 0.0, "perceptual_weight": 0.0, "adversarial_weight": 0.0},
-         "l1_weight, perceptual_weight and adversarial_weight are all 0, so that nothing is trained: raise one"),
-        ({"perceptual_layers": ()}, r"perceptual_weight=0.006 contradicts perceptual_layers=\(\): name a layer, or set the weight to 0"),
-        ({"discriminator_channels": 0}, "discriminator_channels=0 must be at least 1; ESRGAN's has 64"),
-        ({"discriminator_channels": -4}, "discriminator_channels=-4 must be at least 1"),
-        ({"discriminator_learning_rate": 0.0}, "discriminator_learning_rate=0.0 must lie between 0 and 1; ESRGAN's is 1e-4"),
-        ({"discriminator_learning_rate": 1.0}, "discriminator_learning_rate=1.0 must lie between 0 and 1"),
-        ({"discriminator_learning_rate": float("nan")}, "discriminator_learning_rate=nan must lie between 0 and 1"),
-        ({"learning_rate": 0.0}, "learning_rate=0.0 must lie between 0 and 1"),
-        ({"l1_weight": -1.0}, "l1_weight=-1.0 must be at least 0, and finite"),
-        ({"perceptual_weight": float("nan")}, "perceptual_weight=nan must be at least 0, and finite"),
-        ({"adversarial_weight": float("inf")}, "adversarial_weight=inf must be at least 0, and finite"),
-        ({"perceptual_layers": ["conv5_4"]}, r"perceptual_layers=\['conv5_4'\] must be tuple"),
-        ({"perceptual_layers": ("conv5_4")}, "perceptual_layers='conv5_4' must be tuple"),
-        ({"adversarial_loss": "wasserstein"}, r"adversarial_loss='wasserstein' must be Literal\['relativistic', 'vanilla'\]"),
-        ({"discriminator_channels": 64.0}, "discriminator_channels=64.0 must be int"),
-        ({"preset": "nonsense"}, r"preset='nonsense' must be Literal\['psnr', 'perceptual', 'light', 'light_perceptual'\]"),
-        ({"upscale_factor": 2}, "model_arch_name='rcan_cbam_x4' contradicts upscale_factor=2: set model_arch_name='rcan_cbam_x2'"),
+        ({"lr_patch_size": 3, "adversarial_weight": 0.0}, ["lr_patch_size=3", "perceptual_weight=0.006", "16", "at least 4"]),
+        ({"lr_patch_size": 7, "perceptual_weight": 0.0}, ["lr_patch_size=7", "adversarial_weight=0.001", "32", "at least 8"]),
+        ({"lr_patch_size": 15, "batch_size": 1}, ["batch_size=1", "adversarial_weight=0.001", "60"]),
+        ({"l1_weight": 0.0, "perceptual_weight": 0.0, "adversarial_weight": 0.0}, ["l1_weight", "perceptual_weight", "adversarial_weight"]),
+        ({"perceptual_layers": ()}, ["perceptual_weight=0.006", "perceptual_layers=()"]),
+        ({"perceptual_layers": ("conv5_4", "conv5_4")}, ["perceptual_layers="]),
+        ({"upscale_factor": 2}, ["rcan_cbam_x4", "upscale_factor=2", "rcan_cbam_x2"]),
     ],
-)  # fmt: skip
-def test_what_cannot_be_is_refused_with_the_remedy(changes, message):
-    with pytest.raises(ValueError, match=message) as error:
+)
+def test_what_cannot_be_is_refused_with_the_remedy(changes, names):
+    with pytest.raises(ValueError, match=re.escape(names[0])) as error:
         composite(**changes)
-    assert "\n" not in str(error.value)
+    assert all(name in str(error.value) for name in names)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--perceptual_layers", "conv3_4"],  # the preset psnr trains with L1
+        ["--preset", "perceptual", "--perceptual_weight", "0", "--vgg19_weights_path", "x.pth"],
+        ["--preset", "perceptual", "--adversarial_weight", "0", "--discriminator_channels", "8"],
+    ],
+)
+def test_an_option_without_effect_is_refused(argv):
+    with pytest.raises(ValueError, match=argv[-2]):
+        parse_improved(argv)
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4, 8])
@@ -262,7 +240,7 @@ def test_the_named_remedy_is_the_smallest_patch_that_fits(scale, weights, least)
             fits = composite(**settings, lr_patch_size=lr_patch_size)
         except ValueError as error:
             refused += 1
-            offers.add(int(re.search(r"set lr_patch_size to at least (\d+)$", str(error))[1]))
+            offers.add(int(re.search(r"at least (\d+)$", str(error))[1]))
         else:
             assert fits.gt_patch_size >= least
     smallest = next(size for size in range(1, least + 1) if size * scale >= least)
@@ -281,7 +259,7 @@ def test_the_limits_are_the_discriminators():
 
     least = model.Discriminator.MIN_SIZE // 4
     assert composite(lr_patch_size=least).gt_patch_size == model.Discriminator.MIN_SIZE
-    with pytest.raises(ValueError, match=f"needs {model.Discriminator.MIN_SIZE}"):
+    with pytest.raises(ValueError, match=f"{model.Discriminator.MIN_SIZE}"):
         composite(lr_patch_size=least - 1)
     with pytest.raises(ValueError, match="batch_size=1"):
         composite(lr_patch_size=2 * least - 1, batch_size=1)
@@ -297,45 +275,7 @@ def test_terms_that_are_not_used_are_not_held_to_anything():
         assert getattr(composite(**weights), only) == 1
 
 
-def test_a_refusal_from_the_command_line_shows_the_sentence(capsys):
-    with pytest.raises(SystemExit) as error:
-        parse_improved(["--preset", "perceptual", "--lr_patch_size", "2"])
-    assert error.value.code == 2
-    shown = re.sub(r"[\s│]+", " ", capsys.readouterr().err)
-    assert "lr_patch_size=2 at upscale_factor=4 gives GT patches of 8" in shown
-    assert "set lr_patch_size to at least" in shown
-
-
-def test_settings_cannot_be_changed_after_they_were_checked():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        preset("light").epochs = 0
-
-
-def test_importing_the_settings_is_cheap():
-    probe = "import sys, config_improved; print(sorted({'torch', 'torchvision', 'numpy', 'tyro'} & set(sys.modules)))"
-    assert subprocess.check_output([sys.executable, "-c", probe], cwd=REPOSITORY, text=True).strip() == "[]"
-
-
 # What the documents say
-
-
-def documented_commands(script):
-    """The arguments of every such command in a block of shell code, with its continuation lines."""
-    for name in ("README.md", "IMPROVED_USAGE.md"):
-        text = (REPOSITORY / name).read_text(encoding="utf-8")
-        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                if script in words:
-                    yield words[words.index(script) + 1 :]
-
-
-def test_every_documented_command_has_settings_that_exist():
-    commands = [*documented_commands("train_improved.py")]
-    assert len(commands) >= 7
-    assert {name for command in commands for name in command[1:2]} >= {"psnr", "perceptual", "light", "light_perceptual"}
-    for words in commands:
-        parse_improved(words)
 
 
 def test_the_documented_way_back_to_the_published_networks():
