@@ -1,12 +1,6 @@
-"""Data on its way: pairs, the store, batches that show the same in lr and gt, prefetchers."""
+"""Image sets, pairs, evaluation sets, batches that show the same in lr and gt, prefetchers."""
 
-import json
 import multiprocessing
-import os
-import shutil
-import subprocess
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,12 +10,12 @@ import dataset
 import image_files
 import imgproc
 from dataset import EvaluationSet, TrainBatches, find_pairs, fit_to_patch, gt_sizes
-from helpers import REPOSITORY, drawn_image, noise_image, write_set
+from helpers import drawn_image, noise_image, write_set
 from store import PairStore
 
 
 def enlarged(lr, scale):
-    """Each LR pixel as a block, so that every crop and turn can be compared exactly."""
+    """Each LR pixel as a block, so that every crop and rotation can be compared exactly."""
     return lr.repeat(scale, 0).repeat(scale, 1)
 
 
@@ -68,15 +62,15 @@ def test_the_folders_that_people_have_are_found(tmp_path, gt, lr, scale, name):
     assert gt_sizes(find_pairs(tmp_path, scale), scale) == [(24, 36)]
 
 
-def test_originals_of_any_size_are_cropped(tmp_path):
+def test_gt_images_of_any_size_are_cropped(tmp_path):
     write_set(tmp_path, [(25, 38), (31, 29)])
     assert gt_sizes(find_pairs(tmp_path, 4), 4) == [(24, 36), (28, 28)]
 
 
 def test_missing_and_empty_folders_are_named(tmp_path):
     (tmp_path / "Empty").mkdir()
-    for name, problem in (("Empty", "no image is in it"), ("Gone", "no such folder")):
-        with pytest.raises(FileNotFoundError, match=f"{tmp_path / name}: {problem}; put the originals into {tmp_path / name / 'GT'}"):
+    for name in ("Empty", "Gone"):
+        with pytest.raises(FileNotFoundError, match=str(tmp_path / name / "GT")):
             find_pairs(tmp_path / name, 4)
 
 
@@ -84,27 +78,27 @@ def test_missing_and_empty_folders_are_named(tmp_path):
 def test_a_file_without_partner_is_named(tmp_path, extra, culprit):
     for path, size in (("GT/a.png", 8), ("LRbicx2/a.png", 4), (extra, 4)):
         image_files.write_image(tmp_path / path, noise_image(size, size))
-    with pytest.raises(ValueError, match=rf"{culprit}: has no partner in .*{'LRbicx2' if 'GT' in extra else 'GT'}"):
+    with pytest.raises(ValueError, match=rf"{culprit}.*{'LRbicx2' if 'GT' in extra else 'GT'}"):
         find_pairs(tmp_path, 2)
 
 
 def test_two_files_of_one_name_and_a_mis_sized_lr_are_named(tmp_path):
     image_files.write_image(tmp_path / "GT" / "a.png", noise_image(24, 36))
     image_files.write_image(tmp_path / "LRbicx4" / "a.png", noise_image(5, 9))
-    with pytest.raises(ValueError, match=r"a\.png: lr is 9x5, but gt 36x24 at x4 needs 9x6"):
+    with pytest.raises(ValueError, match=r"a\.png.* 9x5.* 36x24.* 9x6"):
         gt_sizes(find_pairs(tmp_path, 4), 4)
     image_files.write_image(tmp_path / "GT" / "a.jpg", noise_image(24, 36))
-    with pytest.raises(ValueError, match="has the same name as"):
+    with pytest.raises(ValueError, match=r"a\.png.*a\.jpg"):
         find_pairs(tmp_path, 4)
 
 
 def test_images_smaller_than_a_patch_are_refused_or_skipped(tmp_path):
     pairs = find_pairs(write_set(tmp_path, [(40, 40), (30, 50), (33, 33)]), 2)
     sizes = gt_sizes(pairs, 2)
-    with pytest.raises(ValueError, match=r"b\.png: 50x30 is smaller than a GT patch of 32, as are 1 of 3 images: .*small_images='skip'"):
+    with pytest.raises(ValueError, match=r"b\.png.* 50x30.* 32.* 1 of 3 .*small_images"):
         fit_to_patch(pairs, sizes, 32)
     assert fit_to_patch(pairs, sizes, 32, "skip").tolist() == [0, 2]
-    with pytest.raises(ValueError, match=r"3 of 3 images: set a smaller lr_patch_size$"):
+    with pytest.raises(ValueError, match=r"3 of 3 .*lr_patch_size"):
         fit_to_patch(pairs, sizes, 64, "skip")
 
 
@@ -115,11 +109,11 @@ def test_names_that_end_like_a_scale_stay_whole(tmp_path, lr_name):
     assert [(pair.name, pair.lr.stem) for pair in find_pairs(tmp_path, 4)] == [("matrix4", lr_name)]
 
 
-def test_scored_pictures_are_decoded_first_by_one_process_of_a_machine(tmp_path):
+def test_scored_images_are_decoded_first_by_one_process_of_a_machine(tmp_path):
     write_set(tmp_path / "Set", [(40, 44), (40, 44)])
     path = sorted((tmp_path / "Set" / "GT").iterdir())[1]
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(ValueError, match=rf"{path.name}: the image is damaged or cut off"):
+    with pytest.raises(ValueError, match=path.name):
         dataset.open_test_sets(tmp_path, ["Set"], 2)
     assert len(dataset.open_test_sets(tmp_path, ["Set"], 2, decode=False)["Set"]) == 2
 
@@ -128,15 +122,16 @@ def test_test_sets_are_checked_before_the_first_is_scored(tmp_path):
     write_set(tmp_path / "a" / "Set", [(24, 24)])
     write_set(tmp_path / "b" / "Set", [(24, 18)])
     assert list(dataset.open_test_sets(tmp_path, ["a/Set"], 4)) == ["Set"]
-    with pytest.raises(ValueError, match="another set is called 'Set' too"):
+    with pytest.raises(ValueError, match="'Set'"):
         dataset.open_test_sets(tmp_path, ["a/Set", "b/Set"], 2)
-    with pytest.raises(ValueError, match=r"a\.png: 16x24 is too small to be scored: .* needs 19"):
+    with pytest.raises(ValueError, match=r"a\.png.* 16x24.* 19"):
         dataset.open_test_sets(tmp_path, ["b/Set"], 4)
 
 
-def test_what_a_person_is_told(tmp_path):
+def test_the_summary_of_a_set_names_folder_number_and_first_images(tmp_path):
     text = dataset.describe_pairs("train", "Mine", find_pairs(write_set(tmp_path, [(8, 8)] * 4), 2))
-    assert text == f"train Mine: 4 images in {tmp_path / 'GT'}, LR made exactly from the originals\n    a.png, b.png, c.png, …"
+    assert all(part in text for part in ("train", "Mine", "4 images", str(tmp_path / "GT"), "a.png", "c.png"))
+    assert "d.png" not in text
 
 
 def test_test_images_are_cropped_and_made_or_read(tmp_path, blocks):
@@ -149,173 +144,28 @@ def test_test_images_are_cropped_and_made_or_read(tmp_path, blocks):
         assert (gt == enlarged(lr, 3)).all(), name
 
 
-def test_noise_differs_between_pictures_and_not_between_runs(tmp_path):
+@pytest.mark.parametrize("room", [10**9, 6000, 0])
+def test_images_are_decoded_once_where_memory_allows(tmp_path, monkeypatch, room):
+    """Two GT images of 40x44 are 5280 bytes each."""
+    write_set(tmp_path / "Set", [(40, 44), (40, 44)])
+    read, decoded = image_files.read_image, []
+    monkeypatch.setattr(image_files, "read_image", lambda path: decoded.append(path.name) or read(path))
+    monkeypatch.setattr(EvaluationSet, "KEPT_BYTES", room)
+    images = dataset.open_test_sets(tmp_path, ["Set"], 2)["Set"]
+    evaluations = [[images[index] for index in range(2)] for _ in range(2)]
+    assert len(decoded) == {10**9: 2, 6000: 4, 0: 6}[room]
+    for (name, lr, gt), again in zip(*evaluations, strict=True):
+        assert name == again[0]
+        assert (lr == again[1]).all()
+        assert (gt == again[2]).all()
+
+
+def test_noise_differs_between_images_and_not_between_runs(tmp_path):
     for name in "ab":
         image_files.write_image(tmp_path / "GT" / f"{name}.png", drawn_image(24, 24))
     first, second = (lr for _, lr, _ in EvaluationSet(find_pairs(tmp_path, 2, "DN"), 2, "DN"))
     assert (first != second).any()
     assert (first == EvaluationSet(find_pairs(tmp_path, 2, "DN"), 2, "DN")[0][1]).all()
-
-
-# The store
-
-
-def test_the_store_holds_what_the_files_hold(tmp_path):
-    folder = write_set(tmp_path / "Set", [(25, 38), (64, 40), (33, 57)])
-    store = build(tmp_path, folder, 4)
-    assert len(store) == 3
-    for index, (_, lr, gt) in enumerate(EvaluationSet(find_pairs(folder, 4), 4)):
-        assert (store.gt(index) == gt).all()
-        assert (store.lr(index) == lr).all()
-    with pytest.raises(ValueError, match="read-only"):
-        store.gt(0)[0] = 0
-
-
-def test_a_store_is_used_again(tmp_path):
-    folder = write_set(tmp_path / "Set", [(24, 24)] * 3)
-    inode = (build(tmp_path, folder, 4).folder / "manifest.json").stat().st_ino
-    assert (build(tmp_path, folder, 4).folder / "manifest.json").stat().st_ino == inode
-
-
-def cut(store):
-    os.truncate(store.folder / "gt.bin", 100)
-
-
-def damage(store):
-    data = bytearray((store.folder / "lr.bin").read_bytes())
-    data[5] ^= 1
-    (store.folder / "lr.bin").write_bytes(data)
-
-
-def lose_manifest(store):
-    (store.folder / "manifest.json").unlink()
-
-
-def garble_manifest(store):
-    (store.folder / "manifest.json").write_text('{"version": 1')
-
-
-def change_manifest(store):
-    (store.folder / "manifest.json").write_text("[1, 2]")
-
-
-def shorten_manifest(store):
-    manifest = json.loads((store.folder / "manifest.json").read_text())
-    (store.folder / "manifest.json").write_text(json.dumps({**manifest, "checksums": manifest["checksums"][:1]}))
-
-
-@pytest.mark.parametrize("harm", [cut, damage, lose_manifest, garble_manifest, change_manifest, shorten_manifest])
-def test_a_damaged_store_is_built_again(tmp_path, harm):
-    folder = write_set(tmp_path / "Set", [(24, 24)] * 3)
-    harm(build(tmp_path, folder, 4))
-    store = build(tmp_path, folder, 4)
-    for index, (_, lr, gt) in enumerate(EvaluationSet(find_pairs(folder, 4), 4)):
-        assert (store.gt(index) == gt).all()
-        assert (store.lr(index) == lr).all()
-
-
-@pytest.mark.parametrize("change", ["content", "added", "removed", "lr"])
-def test_a_stale_store_is_built_again(tmp_path, change):
-    folder = write_set(tmp_path / "Set", [(24, 24)] * 3)
-    build(tmp_path, folder, 4)
-    if change == "content":
-        image_files.write_image(folder / "GT" / "b.png", noise_image(24, 24, 9))
-    if change == "added":
-        image_files.write_image(folder / "GT" / "d.png", noise_image(24, 28, 9))
-    if change == "removed":
-        (folder / "GT" / "a.png").unlink()
-    if change == "lr":
-        for name in "abc":
-            image_files.write_image(folder / "LRbicx4" / f"{name}.png", noise_image(6, 6, 9))
-    store, images = build(tmp_path, folder, 4), EvaluationSet(find_pairs(folder, 4), 4)
-    assert len(store) == len(images)
-    for index, (_, lr, gt) in enumerate(images):
-        assert (store.gt(index) == gt).all()
-        assert (store.lr(index) == lr).all()
-
-
-def test_an_interrupted_build_leaves_nothing_that_is_taken_for_a_store(tmp_path, monkeypatch):
-    folder = write_set(tmp_path / "Set", [(24, 24)] * 3)
-    make_lr = dataset.make_lr
-
-    def fail(pair, *arguments):
-        if pair.name == "b":
-            raise KeyboardInterrupt
-        return make_lr(pair, *arguments)
-
-    monkeypatch.setattr(dataset, "make_lr", fail)
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path, folder, 4)
-    assert not (tmp_path / "cache").exists()
-    monkeypatch.undo()
-    assert len(build(tmp_path, folder, 4)) == 3
-
-
-def test_what_a_killed_build_left_is_removed_when_it_is_old(tmp_path):
-    folder = write_set(tmp_path / "Set", [(24, 24)])
-    store = build(tmp_path, folder, 4)
-    old, fresh = (store.folder.with_name(f"{store.folder.name}.building-{number}") for number in (1, 2))
-    for left, age in ((old, 3600), (fresh, 0)):
-        shutil.copytree(store.folder, left)
-        for path in (*left.iterdir(), left):
-            os.utime(path, (path.stat().st_mtime - age,) * 2)
-    cut(store)
-    build(tmp_path, folder, 4)
-    assert not old.exists()
-    assert fresh.exists()
-
-
-def test_two_runs_that_build_at_once_share_one_store(tmp_path):
-    folder = write_set(tmp_path / "Set", [(64, 64)] * 20)
-    build_it = f"PairStore.open_or_build({{'Set': pairs}}, 4, 'BI', {str(tmp_path / 'cache')!r})"
-    code = f"import dataset; pairs = dataset.find_pairs({str(folder)!r}, 4); {build_it}"
-    builders = [subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stderr=subprocess.PIPE) for _ in range(2)]
-    errors = [builder.communicate()[1] for builder in builders]
-    assert [builder.returncode for builder in builders] == [0, 0], errors
-    assert len(list((tmp_path / "cache").iterdir())) == 1
-
-
-def test_a_broken_source_is_named_and_nothing_is_left(tmp_path):
-    folder = write_set(tmp_path / "Set", [(64, 64)] * 3)
-    data = (folder / "GT" / "b.png").read_bytes()
-    (folder / "GT" / "b.png").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"b\.png: the image is damaged or cut off"):
-        build(tmp_path, folder, 4)
-    assert not (tmp_path / "cache").exists()
-
-
-def test_too_little_disk_is_said_before_the_build(tmp_path, monkeypatch):
-    folder = write_set(tmp_path / "Set", [(24, 24)])
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(OSError, match=r"decoded images need .* GiB, but .* GiB are free; make room, or set cache_dir"):
-        build(tmp_path, folder, 4)
-    assert not (tmp_path / "cache").exists()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_worker_needs_little_memory_of_its_own(tmp_path):
-    """A store of 1.6 GB is read through in a forked worker; what the worker has for itself stays far below."""
-    code = f"""
-import dataset, os, pathlib
-from store import PairStore
-import image_files
-folder, sizes = pathlib.Path({str(tmp_path)!r}), [(8000, 8000)] * 8
-store = PairStore(folder, sizes, 4)
-for file, starts in (("gt.bin", store._gt_starts), ("lr.bin", store._lr_starts)):
-    with open(folder / file, "wb") as empty:
-        empty.truncate(int(starts[-1]))
-if os.fork():
-    os._exit(os.waitstatus_to_exitcode(os.wait()[1]))
-batches = dataset.TrainBatches(store, 16, 48, 0)
-for update in range(50):
-    batches[update]
-sum(int(store.gt(i).sum()) for i in range(8))
-lines = pathlib.Path("/proc/self/smaps_rollup").read_text().splitlines()
-print(sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Dirty", "Swap:"))), flush=True)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert 0 < int(done.stdout) < 100 * 1024  # KiB
 
 
 # Batches
@@ -341,12 +191,12 @@ def test_lr_and_gt_show_the_same_through_every_augmentation(tmp_path, blocks, sc
 
 
 def origin(store, lr):
-    """(image, orientation, top, left) of a patch in a store of random pictures."""
+    """(image, orientation, top, left) of a patch in a store of random images."""
     for image in range(len(store)):
         windows = np.lib.stride_tricks.sliding_window_view(store.lr(image), lr.shape)[:, :, 0]
         for orientation in range(8):
-            turned = np.array([imgproc.flip_rotate(window.copy(), orientation)[0, 0] for window in windows.reshape(-1, *lr.shape)])
-            for place in np.flatnonzero((turned == lr[0, 0]).all(1)):
+            rotated = np.array([imgproc.flip_rotate(window.copy(), orientation)[0, 0] for window in windows.reshape(-1, *lr.shape)])
+            for place in np.flatnonzero((rotated == lr[0, 0]).all(1)):
                 top, left = divmod(int(place), windows.shape[1])
                 if (imgproc.flip_rotate(windows[top, left].copy(), orientation) == lr).all():
                     return image, orientation, top, left
@@ -368,7 +218,7 @@ def test_lr_is_made_on_the_whole_image(tmp_path, scale):
 def test_every_image_is_seen_once_before_any_is_seen_again(tmp_path):
     store = build(tmp_path, write_set(tmp_path / "Set", [(24, 24)] * 7), 2)
     batches = TrainBatches(store, 4, 12, 0, usable=np.array([0, 2, 3, 5, 6]))
-    drawn = [image for update in range(10) for image in batches._images(update)]
+    drawn = [ord(name[0]) - ord("a") for update in range(10) for name in batches.names(update)]
     passes = [tuple(drawn[start : start + 5]) for start in range(0, 40, 5)]
     assert all(sorted(images) == [0, 2, 3, 5, 6] for images in passes)
     assert len(set(passes)) > 3
@@ -391,6 +241,7 @@ def test_batches_depend_on_seed_and_update_alone(tmp_path):
     assert not same(batches[7], TrainBatches(store, 4, 12, seed=4)[7])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_change_nothing(tmp_path, method):
     if method not in multiprocessing.get_all_start_methods():
@@ -408,7 +259,7 @@ def test_shares_of_processes_make_the_whole_batch(tmp_path):
     shares = [TrainBatches(store, 6, 12, 0, rank=rank, world_size=3)[4] for rank in range(3)]
     whole = TrainBatches(store, 6, 12, 0)[4]
     assert same({name: torch.cat([share[name] for share in shares]) for name in whole}, whole)
-    with pytest.raises(ValueError, match="batch_size=6 can't be shared by 4 processes"):
+    with pytest.raises(ValueError, match=r"batch_size=6.* 4 "):
         TrainBatches(store, 6, 12, 0, world_size=4)
 
 
@@ -432,11 +283,3 @@ def test_prefetchers_give_floats_in_order_and_end(tmp_path, device, channels_las
             assert torch.allclose(batch[name].cpu(), batches[update][name].permute(0, 3, 1, 2) / 255, rtol=1e-6)
     with pytest.raises(StopIteration):
         next(feed)
-
-
-def test_the_manifest_can_be_read_by_people(tmp_path):
-    store = build(tmp_path, write_set(tmp_path / "Set", [(24, 30)]), 2)
-    manifest = json.loads((store.folder / "manifest.json").read_text())
-    assert manifest["gt_sizes"] == [[24, 30]]
-    assert manifest["sources"][0][0] == "a"
-    assert manifest["degradation"] == "BI"

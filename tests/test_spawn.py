@@ -15,6 +15,7 @@ from helpers import REPOSITORY, write_set
 from runs import log_lines, same_checkpoints, small_runs
 from store import PairStore
 
+pytestmark = pytest.mark.slow
 METHODS = [method for method in ("spawn", "forkserver") if method in multiprocessing.get_all_start_methods()]
 
 
@@ -30,7 +31,7 @@ def test_training_batches(tmp_path, method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("prepared", [False, True])
-def test_pictures_to_score(tmp_path, method, prepared):
+def test_images_to_score(tmp_path, method, prepared):
     folder = write_set(tmp_path / "Valid", [(40, 44), (36, 60)])
     if prepared:
         for image in dataset.EvaluationSet(dataset.find_pairs(folder, 2), 2):
@@ -54,7 +55,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS[:1])
 def test_training(tmp_path, method):
     """train.py with two workers that are started anew, as a program of its own; the run is that without workers."""
@@ -79,8 +79,6 @@ def test_training(tmp_path, method):
 
 LISTEN = """
 import sys, runpy
-from store import PairStore
-import image_files
 heard = []
 def hear(event, arguments):
     if event in ("socket.bind", "socket.connect") and isinstance(arguments[1], tuple):  # not the sockets within this machine
@@ -95,7 +93,6 @@ finally:
 """
 
 
-@pytest.mark.slow
 def test_a_training_opens_no_connection_and_listens_nowhere(tmp_path):
     """Only torchrun, which is asked for, opens a port."""
     config = small_runs(Config, tmp_path)(num_workers=2)
