@@ -1,10 +1,4 @@
-"""Running: averaged weights, upscaling, scores, checkpoints, the log, and how mistakes end."""
-
-import json
-import os
-import signal
-import subprocess
-import sys
+"""What the scripts share: EMA weights, evaluation, precision, random generators, checksums."""
 
 import numpy as np
 import pytest
@@ -14,15 +8,14 @@ from torch import nn
 
 import imgproc
 import utils
-from helpers import REPOSITORY, drawn_image, tiny
-from reports import RunLog
+from helpers import drawn_image, tiny
 from runtime import Runtime, StopRequest
 from utils import EMA
 
 CPU = Runtime(torch.device("cpu"))
 
 
-# Averaged weights
+# EMA
 
 
 def one_weight(value):
@@ -58,16 +51,23 @@ def test_ema_copies_buffers_and_is_a_network_of_its_own():
     assert not any(parameter.requires_grad for parameter in ema.network.parameters())
 
 
-def test_without_averaging_the_newest_weights_are_taken():
+def test_without_a_decay_the_newest_weights_are_taken():
     ema = EMA(one_weight(0.0), decay=0)
     ema.update(one_weight(0.7), 1)
     assert ema.network.weight.item() == approx(0.7)
 
 
-# Scores
+@pytest.mark.parametrize("skipped", [0.0, 1.0])
+def test_a_skipped_update_leaves_the_average_as_it_is(skipped):
+    ema = EMA(one_weight(1.0), decay=0.5)
+    ema.update(one_weight(2.0), update=10**6, skipped=torch.tensor(skipped))
+    assert ema.network.weight.item() == (1.0 if skipped else 1.5)
 
 
-def test_evaluate_means_over_pictures():
+# Evaluation
+
+
+def test_evaluate_means_over_images():
     gts = [drawn_image(40, 44, seed) for seed in range(3)]
     images = [(name, imgproc.degrade(gt, 2), gt) for name, gt in zip("cab", gts, strict=True)]
     seen = []
@@ -79,7 +79,7 @@ def test_evaluate_means_over_pictures():
     assert scores["ssim"] == approx(np.mean([imgproc.ssim(sr, gt, 2) for (_, sr), gt in zip(seen, gts, strict=True)]))
 
 
-def test_a_stop_that_comes_with_the_last_picture_loses_no_scores():
+def test_a_stop_that_comes_with_the_last_image_loses_no_scores():
     images = [(name, drawn_image(20, 20, 1), drawn_image(40, 40, 1)) for name in "ab"]
     stop = StopRequest()
 
@@ -92,7 +92,17 @@ def test_a_stop_that_comes_with_the_last_picture_loses_no_scores():
     assert utils.evaluate(lambda lr: imgproc.imresize(lr, 2), images, 2, CPU, on_image=request, stop=stop) is None
 
 
-# Random generators
+# Precision, random generators, checksums
+
+
+@pytest.mark.parametrize(
+    ("flags", "chosen"), [("fma avx512_bf16 vaes", "bf16"), ("amx_bf16", "bf16"), ("fma avx2", "fp32"), (None, "fp32")]
+)
+def test_precision_is_as_asked_or_chosen(monkeypatch, flags, chosen):
+    monkeypatch.setattr(utils.Path, "is_file", lambda _: flags is not None)
+    monkeypatch.setattr(utils.Path, "read_text", lambda *_, **__: f"flags : {flags}")
+    assert utils.choose_precision("fp16", CPU.device) == "fp16"
+    assert utils.choose_precision("auto", CPU.device) == chosen
 
 
 def test_random_states_continue():
@@ -111,65 +121,10 @@ def test_random_states_continue():
     assert draw() == first
 
 
-# The log
-
-
-def test_the_log_drops_what_is_done_again(tmp_path):
-    log = RunLog(tmp_path, 0, 10)
-    for update in (2, 4, 6):
-        log.write(update, {"loss/l1": 1 / update})
-    log.close()
-    with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('garbled\n{"update": 7, "cut')
-    log = RunLog(tmp_path, 4, 10)
-    log.write(6, {"loss/l1": 0.5})
-    log.close()
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert lines == [{"update": 2, "loss/l1": 0.5}, {"update": 4, "loss/l1": 0.25}, {"update": 6, "loss/l1": 0.5}]
-
-
-def test_other_processes_log_nothing(tmp_path):
-    log = RunLog(tmp_path / "run", 0, 10, enabled=False)
-    log.step()
-    log.write(1, {})
-    log.say("nothing")
-    log.close()
-    assert not (tmp_path / "run").exists()
-
-
-# How it ends
-
-
-def ends(code):
-    done = subprocess.run([sys.executable, "-c", f"import utils, imgproc\n{code}"], cwd=REPOSITORY, capture_output=True, text=True)
-    return done.returncode, done.stderr.strip().splitlines()
-
-
-def test_a_mistake_of_the_users_is_one_sentence_and_one_of_ours_a_traceback():
-    assert ends("run_script(lambda: image_files.read_image('gone.png'))") == (1, ["error: gone.png: no such file"])
-    code, lines = ends("run_script(lambda: [].remove(1))")
-    assert code == 1
-    assert lines[0].startswith("Traceback")
-
-
-def test_a_stop_is_asked_for_once_and_forced_the_second_time():
-    before = signal.getsignal(signal.SIGINT)  # ignored, where the tests run in the background
-    with StopRequest() as stop:
-        assert not stop
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop
-        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun and a terminal both do; the same request
-        stop.requested -= StopRequest.SAME
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGUSR1)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-@pytest.mark.parametrize(
-    ("flags", "chosen"), [("fma avx512_bf16 vaes", "bf16"), ("amx_bf16", "bf16"), ("fma avx2", "fp32"), (None, "fp32")]
-)
-def test_precision_is_as_asked_or_chosen(monkeypatch, flags, chosen):
-    monkeypatch.setattr(utils.Path, "is_file", lambda _: flags is not None)
-    monkeypatch.setattr(utils.Path, "read_text", lambda *_, **__: f"flags : {flags}")
-    assert utils.choose_precision("fp16", CPU.device) == "fp16"
-    assert utils.choose_precision("auto", CPU.device) == chosen
+def test_a_checksum_is_of_every_bit():
+    network = tiny()
+    first = utils.checksum([network, tiny()])
+    assert utils.checksum([tiny(), tiny()]) == first
+    with torch.no_grad():
+        network.conv3.bias[0] = np.nextafter(network.conv3.bias[0].item(), np.inf, dtype=np.float32).item()
+    assert utils.checksum([network, tiny()]) != first
