@@ -108,7 +108,8 @@ def assert_near(one, other):
     assert losses[1] == approx(losses[0], rel=1e-3)
     assert len(scores(one)) == len(scores(other)) > 0
     for alone, together in zip(scores(one), scores(other), strict=True):
-        assert together == approx(alone, rel=2e-3)
+        numbers = [name for name in alone if name != "event"]
+        assert [together[name] for name in numbers] == approx([alone[name] for name in numbers], rel=2e-3)
 
 
 @pytest.fixture(scope="module")
@@ -203,9 +204,8 @@ def test_two_machines_are_two_processes(settings, two):
 LONG = {"epochs": 8, "eval_every": 100, "save_every": 30, "log_every": 4, "steps_per_epoch": 20}  # 160 updates
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_dies_ends_the_others(settings, rank):
-    config = settings(exp_name=f"dies{rank}", **{**LONG, "epochs": 10000})
+def test_a_process_that_dies_ends_the_others(settings, rank=1):
+    config = settings(exp_name="dies", **{**LONG, "epochs": 10000})
     agent = Torchrun(config, "--standalone", "--nproc_per_node", "2")
     wait_for_update(config, 40)
     assert agent.ranks().keys() == {0, 1}
