@@ -12,6 +12,7 @@ import shutil
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -39,7 +40,8 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be written; `explain` has words for it.
     """
-    part, old = (path.with_name(f".{path.name}.{os.getpid()}{ending}") for ending in (".part", ".old.part"))
+    unique = f"{os.getpid()}.{uuid.uuid4().hex[:8]}"  # two containers may give their processes the same number
+    part, old = (path.with_name(f".{path.name}.{unique}{ending}") for ending in (".part", ".old.part"))
     try:
         with made_folder(path.parent):
             try:
@@ -54,21 +56,22 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
                 for left in (part, old):
                     _remove(left)
     except OSError as error:
-        if error.errno is None or error.filename not in (None, str(part)):
+        named = str(error.filename or part)  # a failing write does not name its file
+        if error.errno is None or not named.startswith(str(part)):
             raise
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error  # a failing write does not name its file
+        raise OSError(error.errno, error.strerror or str(error), named.replace(str(part), str(path))) from error
 
 
 def _take_place(part: Path, path: Path, old: Path) -> None:
     if not (part.is_dir() and path.is_dir()):
         os.replace(part, path)
         return
-    path.rename(old)  # the system replaces a file in one step, but not a folder
     try:
+        path.rename(old)  # the system replaces a file in one step, but not a folder
         os.replace(part, path)
-    except OSError:
-        old.rename(path)
-        raise
+    finally:
+        if not path.exists():  # an error or a signal came between the two
+            old.rename(path)
 
 
 def write_whole(path: Path, data: bytes | memoryview, *, durable: bool = True) -> None:
