@@ -1,10 +1,12 @@
-"""Files: whole or not at all, one process at a time in a folder, and mistakes in words."""
+"""Files: whole or not at all, one process at a time in a folder, and the system's errors in words."""
 
+import contextlib
 import errno
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -13,153 +15,179 @@ from helpers import REPOSITORY
 
 
 def names(folder):
-    return sorted(path.name for path in folder.rglob("*"))
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def put(path, content):
+    """Write a file, or a folder of files, by the atomic writer."""
+    if isinstance(content, bytes):
+        files.write_whole(path, content)
+        return
+    with files.replacing(path) as part:
+        part.mkdir()
+        for name, data in content.items():
+            (part / name).write_bytes(data)
+
+
+def content_of(path):
+    return {each.name: each.read_bytes() for each in path.iterdir()} if path.is_dir() else path.read_bytes()
 
 
 # Writing
 
-
-def test_a_file_is_written_whole_and_replaced(tmp_path):
-    files.write_text(tmp_path / "a" / "b.txt", "one")
-    files.write_text(tmp_path / "a" / "b.txt", "öne")
-    assert (tmp_path / "a" / "b.txt").read_bytes() == "öne".encode()
-    assert names(tmp_path) == ["a", "b.txt"]
+OLD = {"file": b"old", "folder": {"a": b"old", "b": b"old"}}
+NEW = {"file": b"newer", "folder": {"a": b"newer", "c": b"newer"}}
+kinds = pytest.mark.parametrize("kind", OLD)
 
 
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_file_and_names_it(tmp_path, monkeypatch, call):
-    path = tmp_path / "b.txt"
-    files.write_text(path, "old")
+@kinds
+def test_the_new_takes_the_place_of_the_old_and_nothing_else_stays(tmp_path, kind):
+    path = tmp_path / "deep" / "er" / "x"
+    for content in (OLD[kind], NEW[kind]):
+        put(path, content)
+        assert content_of(path) == content
+        assert [each.name for each in path.parent.iterdir()] == ["x"]
+    files.write_text(tmp_path / "text", "ö\n")
+    assert (tmp_path / "text").read_bytes() == "ö\n".encode()
 
+
+class Interrupted(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), Interrupted()], ids=["OSError", "interrupted"])
+@pytest.mark.parametrize(("kind", "call"), [*((kind, call) for kind in OLD for call in ("body", "fsync", "replace")), ("folder", "rename")])
+def test_after_any_failure_the_old_is_untouched_and_the_error_names_it(tmp_path, monkeypatch, kind, call, error):
     def fail(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
-    monkeypatch.setattr(os, call, fail)
-    with pytest.raises(OSError, match=r"b\.txt") as caught:
-        files.write_text(path, "new")
-    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
-    assert path.read_text() == "old"
-    assert names(tmp_path) == ["b.txt"]
-
-
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_body_that_fails_leaves_everything_as_it_was(tmp_path, kind):
-    path = tmp_path / "made" / "thing"
-    for old in (False, True):
+    path = tmp_path / "made" / "x"
+    for old in [OLD[kind]] if call == "rename" else [None, OLD[kind]]:
         if old:
-            put(path, kind, "old")
-        before = names(tmp_path)
-        with pytest.raises(RuntimeError), files.replacing(path) as part:
-            put(part, kind, "half")
-            raise RuntimeError
-        assert names(tmp_path) == before
-    assert content(path) == "old"
+            put(path, old)
+        with monkeypatch.context() as patch, pytest.raises(type(error)) as caught:
+            if call != "body":
+                patch.setattr(os, call, fail)
+            with files.replacing(path) as part:
+                part.write_bytes(b"new") if kind == "file" else part.mkdir()
+                if call == "body":
+                    fail()
+        if isinstance(error, OSError):
+            assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+        assert [each.name for each in tmp_path.rglob("[!ab]*")] == (["made", "x"] if old else [])
+        assert not old or content_of(path) == old
 
 
-def put(path, kind, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if kind == "folder":
-        path.mkdir(exist_ok=True)
-        (path / "inside.txt").write_text(text)
-    else:
-        path.write_text(text)
+def test_errors_name_the_file_as_it_will_be_called_and_those_of_other_files_stay(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught, files.replacing(tmp_path / "store"):
+        (tmp_path / "source.png").read_bytes()
+    assert caught.value.filename == str(tmp_path / "source.png")
+    with pytest.raises(FileNotFoundError) as caught, files.replacing(tmp_path / "store") as part:
+        (part / "gt.bin").write_bytes(b"")  # whose folder was never made
+    assert caught.value.filename == str(tmp_path / "store" / "gt.bin")
+    (tmp_path / "folder" / "in the way").mkdir(parents=True)
+    with pytest.raises(OSError, match="folder") as caught:
+        files.write_whole(tmp_path / "folder", b"x")
+    assert caught.value.filename == str(tmp_path / "folder")
+    with pytest.raises(FileNotFoundError) as caught, files.replacing(tmp_path / "nothing was written"):
+        pass
+    assert caught.value.filename == str(tmp_path / "nothing was written")
+    with pytest.raises(ValueError, match=r"^mine$"), files.replacing(tmp_path / "x"):
+        raise ValueError("mine")
+    assert names(tmp_path) == ["folder", "folder/in the way"]
 
 
-def content(path):
-    return (path / "inside.txt" if path.is_dir() else path).read_text()
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="no limit of file sizes")
+def test_a_disk_that_takes_no_more_leaves_the_old_file(tmp_path):
+    import resource
+
+    path, before = tmp_path / "x", resource.getrlimit(resource.RLIMIT_FSIZE)
+    files.write_whole(path, b"old")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match="x") as caught:
+            files.write_whole(path, bytes(10**6))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["x"]
 
 
-@pytest.mark.parametrize("kind", ["file", "folder"])
-@pytest.mark.parametrize("durable", [True, False])
-def test_what_is_written_takes_the_place_of_the_old(tmp_path, kind, durable):
-    path = tmp_path / "thing"
-    for text in ("one", "two"):
-        with files.replacing(path, durable=durable) as part:
-            assert part.parent == path.parent
-            put(part, kind, text)
-        assert content(path) == text
-    assert [each.name for each in tmp_path.iterdir()] == ["thing"]
+@kinds
+def test_bytes_are_on_the_disk_before_their_name_and_the_name_at_the_end(tmp_path, monkeypatch, kind):
+    """… unless the caller can make the file again; `durable` says so."""
+    happened, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: happened.append(os.fstat(descriptor).st_ino) or sync(descriptor))
+    monkeypatch.setattr(os, "replace", lambda *paths: happened.append("replace") or replace(*paths))
+    put(tmp_path / "x", NEW[kind])
+    written = [tmp_path / "x", *(each for each in (tmp_path / "x").glob("*"))]
+    place = happened.index("replace")
+    assert {each.stat().st_ino for each in written} == set(happened[:place])
+    assert happened[place + 1 :] == [tmp_path.stat().st_ino]
+    happened.clear()
+    files.write_whole(tmp_path / "y", b"", durable=False)
+    assert happened == ["replace"]
 
 
-def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path, monkeypatch):
-    put(tmp_path / "thing", "folder", "old")
-
-    def fail(*_):
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="thing"), files.replacing(tmp_path / "thing") as part:
-        put(part, "folder", "new")
-    assert content(tmp_path / "thing") == "old"
-    assert [each.name for each in tmp_path.iterdir()] == ["thing"]
-
-
-def test_another_files_error_keeps_its_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"source\.txt"), files.replacing(tmp_path / "a.txt"):
-        (tmp_path / "source.txt").read_bytes()
+def test_two_writers_of_one_process_do_not_meet(tmp_path):
+    with files.replacing(tmp_path / "x") as first, files.replacing(tmp_path / "x") as second:
+        first.write_bytes(b"first")
+        second.write_bytes(b"second")
+    assert (tmp_path / "x").read_bytes() == b"first"  # which ended last
 
 
 def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
+    kept = ("mine.part", ".hidden", ".x.part.txt", "samples/.x")
+    stack = contextlib.ExitStack()
     (tmp_path / "samples").mkdir()
-    for name in (".last.pth.tar.77.part", "samples/.1.png.77.part", "mine.part", ".hidden"):
-        (tmp_path / name).touch()
-    put(tmp_path / ".store.77.part", "folder", "half")
-    assert files.remove_leftovers(tmp_path, "other.*") == []
-    assert files.remove_leftovers(tmp_path, idle_seconds=600) == []
-    for path in (tmp_path / ".store.77.part", tmp_path / ".store.77.part" / "inside.txt"):
-        os.utime(path, (path.stat().st_mtime - 900,) * 2)
-    assert files.remove_leftovers(tmp_path, idle_seconds=600) == [tmp_path / ".store.77.part"]
-    assert len(files.remove_leftovers(tmp_path)) == 2
-    assert names(tmp_path) == [".hidden", "mine.part", "samples"]
+    parts = [stack.enter_context(files.replacing(tmp_path / name)) for name in ("last.pth.tar", "samples/1.png", "store")]
+    parts[2].mkdir()
+    for path in (*(tmp_path / name for name in kept), *parts[:2], parts[2] / "gt.bin"):
+        path.touch()
+    assert files.remove_leftovers(tmp_path, "no such name*") == []
+    assert files.remove_leftovers(tmp_path, idle_seconds=60) == []  # their writers may still run
+    for path in parts[1:]:
+        os.utime(path, (time.time() - 100,) * 2)
+    assert files.remove_leftovers(tmp_path, idle_seconds=60) == [parts[1]]  # a file in the other one is new
+    assert files.remove_leftovers(tmp_path, "last.*") == [parts[0]]
+    assert files.remove_leftovers(tmp_path) == [parts[2]]
+    assert names(tmp_path) == sorted(["samples", *kept])
 
 
-def test_a_folder_is_checked_without_a_trace(tmp_path):
+def test_a_folder_is_tried_before_work_begins(tmp_path):
     files.check_folder(tmp_path / "a" / "b")
-    assert names(tmp_path) == []
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"):
-        files.check_folder(tmp_path / "file" / "b")
+    with pytest.raises(OSError, match="file") as caught:
+        files.check_folder(tmp_path / "file" / "a")
+    assert caught.value.filename == str(tmp_path / "file" / "a")
+    assert names(tmp_path) == ["file"]
 
 
 # One at a time
 
 HOLD = "import sys, time, files, pathlib\nwith files.FolderLock(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
-
-
-def holder(folder, code=HOLD):
-    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    return process
+FORK = HOLD.replace("print('held', flush=True)", "import os; child = os.fork(); child and os.write(1, b'held\\n%d\\n' % child)")
 
 
 @pytest.mark.slow
-def test_a_folder_is_used_by_one_process(tmp_path):
+@pytest.mark.parametrize("code", [HOLD, pytest.param(FORK, marks=pytest.mark.skipif(not hasattr(os, "fork"), reason="forks"))])
+def test_a_folder_is_used_by_one_process_until_that_ends(tmp_path, code):
+    """… however it ends, and whatever it has forked meanwhile."""
     folder = tmp_path / "results" / "run"
-    process = holder(folder)
-    try:
-        expected = rf"run.* {process.pid} "
-        with pytest.raises(ValueError, match=expected), files.FolderLock(folder):
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=str(process.pid)) as caught, files.FolderLock(folder):
             pass
-    finally:
+        assert str(folder) in str(caught.value)
         process.kill()
-        process.communicate()
-    assert names(tmp_path) == [".lock", "results", "run"]  # left by the killed one, and in nobody's way
-    with files.FolderLock(folder):
-        assert f"process {os.getpid()} on " in (folder / ".lock").read_text()
-    assert names(tmp_path) == ["results", "run"]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_what_a_holder_has_forked_does_not_hold(tmp_path):
-    forked = HOLD.replace("print('held', flush=True)", "import os; child = os.fork(); child and os.write(1, b'held\\n%d\\n' % child)")
-    process = holder(tmp_path / "run", forked)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    with files.FolderLock(tmp_path / "run"):
-        pass
-    os.kill(int(process.stdout.readline()), signal.SIGKILL)
-    process.stdout.close()
+        process.wait()
+        assert names(tmp_path) == ["results", "results/run", "results/run/.lock"]  # left by the killed one, and in nobody's way
+        with files.FolderLock(folder):
+            assert str(os.getpid()) in (folder / ".lock").read_text()
+        if code == FORK:
+            os.kill(int(process.stdout.readline()), signal.SIGKILL)
+    assert names(tmp_path) == ["results", "results/run"]
 
 
 def test_a_folder_that_stays_empty_is_removed_and_any_other_kept(tmp_path):
@@ -168,34 +196,50 @@ def test_a_folder_that_stays_empty_is_removed_and_any_other_kept(tmp_path):
     assert names(tmp_path) == []
     with files.FolderLock(tmp_path / "a" / "b"):
         (tmp_path / "a" / "b" / "kept").touch()
-    assert names(tmp_path) == ["a", "b", "kept"]
+    assert names(tmp_path) == ["a", "a/b", "a/b/kept"]
 
 
 def test_a_lock_file_that_its_holder_removes_meanwhile_is_not_taken_for_the_lock(tmp_path, monkeypatch):
-    lock, calls = files._lock, []
+    fcntl = pytest.importorskip("fcntl")
+    lock, calls = fcntl.lockf, []
 
-    def removed_meanwhile(file):
+    def removed_meanwhile(*arguments):
         calls.append(1)
         if len(calls) == 1:
             (tmp_path / ".lock").unlink()
-        return lock(file)
+        return lock(*arguments)
 
-    monkeypatch.setattr(files, "_lock", removed_meanwhile)
+    monkeypatch.setattr(fcntl, "lockf", removed_meanwhile)
     with files.FolderLock(tmp_path):
         assert len(calls) == 2
-        assert "process" in (tmp_path / ".lock").read_text()
+        assert (tmp_path / ".lock").read_text()
+
+
+def test_a_disk_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+    with files.FolderLock(tmp_path):
+        assert str(tmp_path) in capsys.readouterr().err
 
 
 # In words
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG])
-def test_a_systems_error_becomes_a_sentence_with_a_remedy(number):
-    said = files.explain(OSError(number, os.strerror(number), "results/run"))
-    assert said.startswith("results/run: ")
-    assert "Errno" not in said
-
-
-def test_our_own_words_stay():
-    sentence = "data: no such folder; put the originals into it"
-    assert files.explain(FileNotFoundError(sentence)) == sentence
+def test_a_systems_error_names_the_file_and_not_its_number():
+    known = (
+        errno.ENOSPC,
+        errno.EACCES,
+        errno.EROFS,
+        errno.EISDIR,
+        errno.ENOTDIR,
+        errno.EEXIST,
+        errno.ENAMETOOLONG,
+        errno.ENOENT,
+        errno.EIO,
+    )
+    for number in known:
+        said = files.explain(OSError(number, os.strerror(number), "results/run"))
+        assert said.startswith("results/run: ")
+        assert os.strerror(number) not in said
+    assert "results/run" in files.explain(OSError(errno.EDOM, "unknown here", "results/run"))
+    assert files.explain(FileNotFoundError("data: our own words")) == "data: our own words"
