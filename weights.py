@@ -275,7 +275,7 @@ def export(network: model.RCAN, path: str | os.PathLike, layout: str = "native")
 
     "native" is a checkpoint {"state_dict", "arguments", "degradation"}. "official" is a bare state dict on [0, 255], which the
     official code, EDSR-PyTorch, torchSR and spandrel (so chaiNNer and ComfyUI) open; "basicsr" is {"params": state dict}. A round
-    trip returns every value, except for the last bit of under 1 % of those in the first and the last convolution.
+    trip returns every value, except for the last bit of about 1 % of those in the first and the last convolution.
 
     Raises:
         ValueError: an unknown layout or ending, or a network that the layout can't describe; nothing is written then.

@@ -1,5 +1,6 @@
 """Small drawn images and tiny networks for the tests."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import imgproc
 import model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# PyTorch's compiler needs g++, and writes vector code for bf16 even where ATEN_CPU_CAPABILITY=default forbids it
+COMPILES = bool(shutil.which("g++")) and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
 TINY = {"channels": 8, "reduction": 4, "num_rg": 2, "num_rcab": 2}
 
 

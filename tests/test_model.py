@@ -1,6 +1,5 @@
 """The networks: equal to their definitions, their keys, their sizes, and what they refuse."""
 
-import shutil
 from typing import get_args
 
 import pytest
@@ -11,7 +10,7 @@ from torch.nn import functional
 
 import config
 import model
-from helpers import TINY, tiny
+from helpers import COMPILES, TINY, tiny
 
 SCALES = (2, 3, 4, 8)
 ATTENTIONS = ("channel", "cbam", "cbam_average")
@@ -145,7 +144,7 @@ def test_the_gradient_reaches_every_weight(attention, recompute):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.skipif(not shutil.which("g++"), reason="compiling for a CPU needs g++")
+@pytest.mark.skipif(not COMPILES, reason="no compiler for this processor")
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_compiled_bf16_gradients_are_those_of_eager_fp32(attention):
     """`amax` searches for its maxima again in backward; compiled in bf16 it found none, and every gradient was nan."""

@@ -19,7 +19,7 @@ import train
 import utils
 import weights
 from config import Config
-from helpers import REPOSITORY, tiny, write_set
+from helpers import COMPILES, REPOSITORY, tiny, write_set
 from runs import log_lines, same_checkpoints, small_runs, stop_after, tensors
 from runtime import Runtime
 from train import PixelStep
@@ -128,7 +128,7 @@ def test_activation_checkpointing_computes_the_same_bits_and_keeps_less(settings
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+@pytest.mark.skipif(not COMPILES, reason="no compiler for this processor")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiling_changes_nothing_but_rounding(settings):
     found = []
