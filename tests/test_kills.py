@@ -164,7 +164,7 @@ def test_a_killed_run_ends_as_the_run_that_nobody_killed(kind, workers, tmp_path
     for name in ("last.pth.tar", "best.pth.tar"):
         one, other = (tensors(weights.read(training.folder / name)) for training in (straight, killed))
         assert one.keys() == other.keys()
-        expected = ("/seconds", "/config/exp_name", "/config/cache_dir", "/provenance/command")
+        expected = ("/seconds", "/config/exp_name", "/config/cache_dir", "/provenance/command", "/provenance/commit")
         assert [part for part in one if not same(one[part], other[part]) and part not in expected] == []
         for value in one.values():
             compared[not hasattr(value, "shape")] += 1
