@@ -1,5 +1,6 @@
 """scripts/download.py: downloads from a local server that misbehaves, archives that attack, and where everything ends up."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -54,33 +55,24 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        server = self.server
-        wanted, version = self.headers.get("Range"), self.headers.get("If-Range")
-        server.requests.append((self.path.lstrip("/"), wanted, version))
-        fault = server.faults.pop(0) if server.faults else {}
-        data = server.files.get(self.path.lstrip("/"))
-        if "status" in fault or data is None:
-            return self.answer(fault.get("status", 404), {"Content-Length": 0, **fault.get("headers", {})}, b"")
-        start = int(wanted[6:-1]) if wanted and not fault.get("ignores_range") else None
-        if start is not None and version not in (None, server.etag) and not fault.get("ignores_if_range"):
-            start = None
-        if start is not None and start >= len(data):
-            return self.answer(416, {"Content-Range": f"bytes */{len(data)}", "Content-Length": 0}, b"")
-        headers = {"ETag": server.etag}
-        if start is not None:
-            start = fault.get("starts_at", start)
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        path, wanted, version = self.path.lstrip("/"), self.headers.get("Range"), self.headers.get("If-Range")
+        self.server.requests.append((path, wanted, version))
+        fault = self.server.faults.pop(0) if self.server.faults else {}
+        data = self.server.files.get(path, b"")
+        same = version == self.server.etag or fault.get("ignores_if_range")
+        start = int(wanted[6:-1]) if wanted and same and not fault.get("ignores_range") else None
+        status = 404 if path not in self.server.files else 200 if start is None else 206 if start < len(data) else 416
+        start = fault.get("starts_at", start)
         body = data[start or 0 :]
-        headers["Content-Length"] = len(body)
-        self.answer(200 if start is None else 206, {**headers, **fault.get("headers", {})}, body[: fault.get("breaks_off")])
-
-    def answer(self, status, headers, body):
-        self.send_response(status)
-        for name, value in headers.items():
+        headers = {"ETag": self.server.etag, "Content-Length": len(body)}
+        if start is not None:
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}" if body else f"bytes */{len(data)}"
+        self.send_response(fault.get("status", status))
+        for name, value in (headers | fault.get("headers", {})).items():
             if value is not None:
                 self.send_header(name, str(value))
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(body[: fault.get("breaks_off")])
 
 
 @pytest.fixture
@@ -97,24 +89,17 @@ def server(monkeypatch):
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, server):
-    """Runs the script on folders of its own, with the server as mirror."""
+def call(tmp_path, monkeypatch, server, capsys):
+    """Runs the script on folders of its own, with the server as mirror; returns what it prints, on stderr if it ends with a code."""
     monkeypatch.chdir(tmp_path)
-    return lambda *arguments: download.main([*arguments, "--mirror", server.url])
 
-
-@pytest.fixture
-def error_of(call, capsys):
-    """What a call says that ends with exit code 1."""
-
-    def error_of(*arguments):
+    def call(*arguments, code=0):
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            run_script(lambda: call(*arguments))
-        assert stop.value.code == 1
-        return capsys.readouterr().err
+        with contextlib.nullcontext() if code == 0 else pytest.raises(SystemExit, match=f"^{code}$"):
+            run_script(lambda: download.main([*arguments, "--mirror", server.url]))
+        return capsys.readouterr()[bool(code)]
 
-    return error_of
+    return call
 
 
 # Archives
@@ -205,12 +190,12 @@ MEMBERS = {  # as each archive is documented, with what must not be taken beside
 }  # fmt: skip
 
 
-def test_published_layouts_are_unpacked_as_find_pairs_wants_them(call, publish, tmp_path, capsys):
+def test_published_layouts_are_unpacked_as_find_pairs_wants_them(call, publish, tmp_path):
     for name, members in MEMBERS.items():
         pack = tar_of if name == "Flickr2K" else zip_of
         publish(name, pack({member: image(seed) for seed, member in enumerate(members)}), images=2)
     publish("Set5", tar_of(benchmark("Set5", "Set14")), checksum="md5")
-    call("--items", *MEMBERS, "Set5")
+    printed = call("--items", *MEMBERS, "Set5")
     found = {}
     for name, scale in (("DIV2K", 2), ("DIV2K", 3), ("DIV2K_valid", 4), ("Flickr2K", 4), ("BSDS200", 4), ("BSDS_test200", 2), ("B100", 3)):
         found[name, scale] = [(pair.name, pair.lr and pair.lr.name) for pair in dataset.find_pairs(f"data/{name}", scale)]
@@ -225,7 +210,7 @@ def test_published_layouts_are_unpacked_as_find_pairs_wants_them(call, publish, 
     }
     assert [pair.gt.name for pair in dataset.find_pairs("data/Set5", 4)] == ["a.png", "b.png", "c.png", "d.png", "e.png"]
     assert len(tree(tmp_path)) == 8 + 2 + 6 + 5  # and nothing else, neither archives nor what hid beside the images
-    assert str(tmp_path / "data/Flickr2K/GT") in capsys.readouterr().out
+    assert str(tmp_path / "data/Flickr2K/GT") in printed
     assert (np.array(Image.open("data/DIV2K/GT/0002.png")) == noise_image(6, 6, 1)).all()
 
 
@@ -257,11 +242,11 @@ def test_a_complete_set_needs_no_request_and_stays(call, publish, server, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["GT/a.png", "HR/holiday.png", "GT/notes.txt"])
-def test_an_incomplete_folder_is_in_the_way_before_anything_is_fetched(name, publish, server, error_of, tmp_path):
+def test_an_incomplete_folder_is_in_the_way_before_anything_is_fetched(name, publish, server, call, tmp_path):
     publish("Set5", tar_of(benchmark("Set5")))
     (tmp_path / "data/Set5" / name).parent.mkdir(parents=True)
     (tmp_path / "data/Set5" / name).write_bytes(b"mine")
-    assert str(tmp_path / "data/Set5" / name[:2]) in error_of("--items", "Set5")
+    assert str(tmp_path / "data/Set5" / name[:2]) in call("--items", "Set5", code=1)
     assert tree(tmp_path) == {f"data/Set5/{name}": b"mine"}
     assert server.requests == []
 
@@ -281,28 +266,27 @@ def test_one_archive_serves_several_sets_and_stays_if_asked(call, publish, serve
     assert len(server.requests) == 1
     (tmp_path / "data/downloads/benchmark.tar").write_bytes(data[:-1] + b"1")
     shutil.rmtree(tmp_path / "data/Set5")
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "data/downloads/benchmark.tar"))):
-        call("--items", "Set5")
+    assert str(tmp_path / "data/downloads/benchmark.tar") in call("--items", "Set5", code=1)
     assert len(server.requests) == 1
 
 
-def test_weights_are_put_where_they_belong_and_checked_again(call, publish, server, tmp_path, capsys, error_of):
+def test_weights_are_put_where_they_belong_and_checked_again(call, publish, server, tmp_path):
     publish("rcan_x4", b"\x80\x02weights", checksum="")
     publish("vgg19", b"\x80\x02VGG")
-    call("--items", "rcan_x4", "vgg19", "--weights_dir", "w")
+    printed = call("--items", "rcan_x4", "vgg19", "--weights_dir", "w")
     assert tree(tmp_path) == {"w/rcan_x4.pt": b"\x80\x02weights", "w/vgg19-dcbb9e9d.pth": b"\x80\x02VGG"}
-    assert hashlib.sha256(b"\x80\x02weights").hexdigest() in capsys.readouterr().out  # nobody published it
+    assert hashlib.sha256(b"\x80\x02weights").hexdigest() in printed  # nobody published it
     (tmp_path / "w/vgg19-dcbb9e9d.pth").write_bytes(b"\x80\x02VGA")
     (tmp_path / "given.pth").write_bytes(b"\x80\x02VGG")
     for more in ((), ("--archive", "given.pth")):
-        assert str(tmp_path / "w/vgg19-dcbb9e9d.pth") in error_of("--items", "vgg19", "--weights_dir", "w", *more)
+        assert str(tmp_path / "w/vgg19-dcbb9e9d.pth") in call("--items", "vgg19", "--weights_dir", "w", *more, code=1)
     assert (tmp_path / "w/vgg19-dcbb9e9d.pth").read_bytes() == b"\x80\x02VGA"
     assert len(server.requests) == 2
 
 
-def test_what_must_be_fetched_by_hand_comes_last_with_its_folder(call, publish, tmp_path, error_of):
+def test_what_must_be_fetched_by_hand_comes_last_with_its_folder(call, publish, tmp_path):
     publish("Set5", tar_of(benchmark("Set5")))
-    message = error_of("--items", "Manga109", "rcan_native", "Set5")
+    message = call("--items", "Manga109", "rcan_native", "Set5", code=1)
     assert SET5.items() <= tree(tmp_path).items()
     for expected in ("http://www.manga109.org/en/", tmp_path / "data/Manga109/GT", "drive.google.com", tmp_path / "pretrained/rcan_native"):
         assert str(expected) in message
@@ -347,41 +331,36 @@ def fetch(server, tmp_path):
 DATA, OTHER = (np.random.default_rng(seed).bytes(5000) for seed in (0, 1))
 
 
-def test_a_broken_download_goes_on_where_it_stopped(server, fetch):
-    server.files["file"] = DATA
-    server.faults = [{"breaks_off": 2000}, {"breaks_off": 1000}, {"breaks_off": 1000}]  # as many as may fail, but each gets further
-    assert fetch() == DATA
-    assert server.requests == [("file", None, None), *(("file", f"bytes={have}-", '"one"') for have in (2000, 3000, 4000))]
-    assert fetch() == DATA  # complete: the server answers that nothing is missing
-    assert server.ranges[4:] == ["bytes=5000-"]
-
-
-def test_a_later_call_goes_on_where_an_earlier_one_gave_up(server, fetch, tmp_path):
+def test_a_broken_download_goes_on_where_it_stopped(server, fetch, tmp_path):
     server.files["file"] = DATA
     server.faults = [{"breaks_off": 2000}, {"breaks_off": 0}, {"breaks_off": 0}]
     with pytest.raises(ConnectionError, match=f"{server.url}/file"):
         fetch()
     assert (tmp_path / "file.part").read_bytes() == DATA[:2000]
+    server.faults = [{"breaks_off": 1000}] * 2 + [{"breaks_off": 500}]  # as many as may fail, but each gets further
     assert fetch() == DATA
-    assert server.ranges == [None] + ["bytes=2000-"] * 3
+    assert fetch() == DATA  # complete: the server answers that nothing is missing
+    assert server.ranges == [None, *(f"bytes={have}-" for have in (2000, 2000, 2000, 3000, 4000, 4500, 5000))]
+    assert {version for *_, version in server.requests[1:]} == {'"one"'}
 
 
 def test_a_stopped_script_goes_on_from_its_part(call, publish, server, tmp_path, monkeypatch):
     data = tar_of(benchmark("Set5"))
     publish("Set5", data, size=len(data))
-    with monkeypatch.context() as patched:
-        patched.setattr(download, "CHUNK", 1500)
-        patched.setattr(download.tqdm, "update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            call("--items", "Set5")
-    have = (tmp_path / "data/downloads/benchmark.tar.part").stat().st_size
-    assert 0 < have <= 1500
-    with monkeypatch.context() as patched:
-        patched.setattr(download.hashlib, "new", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            call("--items", "Set5")
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(download, "CHUNK", 1500)
+    for owner, name in ((download.tqdm, "update"), (download.hashlib, "new")):  # while it is fetched, then while it is checked
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, stop)
+            call("--items", "Set5", code=130)
     call("--items", "Set5")
-    assert server.ranges == [None, f"bytes={have}-", f"bytes={len(data)}-"]
+    first, second, third = server.ranges
+    assert first is None
+    assert 0 < int(second.removeprefix("bytes=").removesuffix("-")) <= 1500
+    assert third == f"bytes={len(data)}-"
     assert tree(tmp_path) == SET5
 
 
@@ -472,7 +451,7 @@ def test_redirects_keep_the_range_and_lead_to_no_file_and_not_away_from_https(se
     assert not (tmp_path / "other.part").exists()
 
 
-def test_room_is_looked_for_before_anything_is_written(server, fetch, call, publish, tmp_path, monkeypatch):
+def test_room_is_looked_for_before_anything_is_written(server, fetch, call, tmp_path, monkeypatch):
     server.files["file"] = DATA
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4999))
     with pytest.raises(OSError, match=re.escape(str(tmp_path))):
@@ -483,8 +462,7 @@ def test_room_is_looked_for_before_anything_is_written(server, fetch, call, publ
     needed = sum(map(len, SET5.values()))
     (tmp_path / "set.tar").write_bytes(tar_of(benchmark("Set5")))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
-    with pytest.raises(OSError, match=re.escape(str(tmp_path / "data"))):
-        call("--items", "Set5", "--archive", "set.tar")
+    assert str(tmp_path / "data") in call("--items", "Set5", "--archive", "set.tar", code=1)
     assert not (tmp_path / "data/Set5").exists()
 
 
@@ -496,13 +474,13 @@ def test_room_is_looked_for_before_anything_is_written(server, fetch, call, publ
         ("rcan_x4", b"\n<!DOCTYPE html><html>Too many users have downloaded this file</html>", ""),
     ],
 )
-def test_a_wrong_file_is_removed_and_the_next_call_starts_anew(name, wrong, checksum, call, publish, server, error_of, tmp_path):
+def test_a_wrong_file_is_removed_and_the_next_call_starts_anew(name, wrong, checksum, call, publish, server, tmp_path):
     right = tar_of(benchmark("Set5"))
     publish(name, right, checksum=checksum)
     (file,) = server.files
     server.files[file] = wrong
     publish("rcan_x2", b"\x80\x02weights")
-    message = error_of("--items", "rcan_x2", name)
+    message = call("--items", "rcan_x2", name, code=1)
     assert file in message
     assert not checksum or {hashlib.new(checksum, data).hexdigest() for data in (right, wrong)} <= set(re.findall(r"[0-9a-f]+", message))
     assert tree(tmp_path) == {"pretrained/rcan_x2.pt": b"\x80\x02weights"}  # what came before stays
@@ -529,32 +507,32 @@ def given(tmp_path):
 
 
 @pytest.mark.parametrize("pack", [tar_of, zip_of])
-def test_a_given_archive_lands_exactly_and_is_left_as_it_is(pack, call, given, server, tmp_path, capsys):
-    archive = given(pack({f"./a/{name}": data for name, data in benchmark("Set5", "Set14").items()}))
+def test_a_given_archive_lands_exactly_and_is_left_as_it_is(pack, call, given, server, tmp_path):
+    link = {tar_info("README", tarfile.SYMTYPE, "/etc/passwd"): b""} if pack == tar_of else {}  # nobody asked for it
+    archive = given(pack({f"./a/{name}": data for name, data in benchmark("Set5", "Set14").items()} | link))
     before = tree(tmp_path)
-    call("--items", "Set5", "--archive", archive)
-    assert tree(tmp_path) == before | SET5
-    assert hashlib.sha256(before["copy.bin"]).hexdigest() in capsys.readouterr().out
+    assert hashlib.sha256(before["copy.bin"]).hexdigest() in call("--items", "Set5", "--archive", archive)
+    assert tree(tmp_path) == before | SET5  # no link either
     assert server.requests == []
 
 
-def test_a_given_file_with_the_published_name_must_be_the_published_one(call, publish, given, error_of, tmp_path):
+def test_a_given_file_with_the_published_name_must_be_the_published_one(call, publish, given, tmp_path):
     data = tar_of(benchmark("Set5"))
     publish("Set5", data)
     archive = given(data[:-1] + b"1", "benchmark.tar")
-    assert archive in error_of("--items", "Set5", "--archive", archive)
+    assert archive in call("--items", "Set5", "--archive", archive, code=1)
     assert (tmp_path / "benchmark.tar").is_file()  # it is the user's
     call("--items", "Set5", "--archive", given(data, "benchmark.tar"))
     publish("vgg19", b"\x80\x02VGG")
     archive = given(b"\x80\x02V")  # whatever its name, as there is no other way to know it
-    assert archive in error_of("--items", "vgg19", "--archive", archive)
+    assert archive in call("--items", "vgg19", "--archive", archive, code=1)
     call("--items", "vgg19", "--archive", given(b"\x80\x02VGG"))
     assert (tmp_path / "pretrained/vgg19-dcbb9e9d.pth").read_bytes() == b"\x80\x02VGG"
 
 
-def test_sets_fetched_by_hand_are_unpacked_if_they_are_whole(call, given, error_of, tmp_path):
+def test_sets_fetched_by_hand_are_unpacked_if_they_are_whole(call, given, tmp_path):
     images = {f"T91/t{index}.png": image(index) for index in range(90)}
-    message = error_of("--items", "T91", "--archive", given(zip_of(images)))
+    message = call("--items", "T91", "--archive", given(zip_of(images)), code=1)
     assert {"90", "91"} <= set(re.findall(r"\d+", message))
     assert not (tmp_path / "data/T91").exists()
     call("--items", "T91", "--archive", given(zip_of(images | {"T91/more/t90.png": image(90)})))
@@ -563,7 +541,7 @@ def test_sets_fetched_by_hand_are_unpacked_if_they_are_whole(call, given, error_
     call("--items", "OST", "--archive", given(tar_of(scenes)))
     assert [pair.name for pair in dataset.find_pairs(tmp_path / "data/OST", 4)] == ["1", "2"]  # no annotations
     archive = given(tar_of({"readme": b"1"}))
-    assert archive in error_of("--items", "DIV8K", "--archive", archive)
+    assert archive in call("--items", "DIV8K", "--archive", archive, code=1)
 
 
 def zip_info(name, mode=0):
@@ -603,22 +581,17 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize(("pack", "info", "data"), ATTACKS.values(), ids=[name.replace("\0", "0") for name in ATTACKS])
-def test_an_attacking_archive_is_refused_by_name_and_leaves_everything_as_it_was(pack, info, data, given, error_of, tmp_path):
+def test_an_attacking_archive_is_refused_by_name_and_leaves_everything_as_it_was(pack, info, data, given, call, tmp_path):
     name = getattr(info, "orig_filename", "") or info.name
     members = benchmark("Set5")
     if name.rstrip("/") == BABY and data != b"evil":
         del members[BABY]  # the member comes in the image's place
     archive = given(pack(members | {info: data}))
     before = tree(tmp_path)
-    message = error_of("--items", "Set5", "--archive", archive)
+    message = call("--items", "Set5", "--archive", archive, code=1)
     assert archive in message
     assert repr(name)[1:-1].split("\\x00")[0] in message
     assert tree(tmp_path) == before
-
-
-def test_links_that_nobody_asked_for_are_not_made(call, given, tmp_path):
-    call("--items", "Set5", "--archive", given(tar_of(benchmark("Set5") | {tar_info("README", tarfile.SYMTYPE, "/etc/passwd"): b""})))
-    assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
 
 
 def huge_tar():
@@ -652,18 +625,18 @@ BAD_ARCHIVES = {
 
 
 @pytest.mark.parametrize("make", BAD_ARCHIVES.values(), ids=BAD_ARCHIVES.keys())
-def test_a_damaged_or_wrong_archive_leaves_everything_as_it_was(make, given, error_of, tmp_path):
+def test_a_damaged_or_wrong_archive_leaves_everything_as_it_was(make, given, call, tmp_path):
     archive = given(make())
     before = tree(tmp_path)
-    assert archive in error_of("--items", "Set5", "--archive", archive)
+    assert archive in call("--items", "Set5", "--archive", archive, code=1)
     assert tree(tmp_path) == before
 
 
-def test_a_bomb_is_refused_before_it_is_unpacked(given, error_of, monkeypatch):
+def test_a_bomb_is_refused_before_it_is_unpacked(given, call, monkeypatch):
     archive = given(BAD_ARCHIVES["bomb"]())
     monkeypatch.setitem(download.ITEMS, "Set5", download.Item(folders=(download.Folder("Set5/GT", 1, "Set5/HR/*"),)))
     monkeypatch.setattr(shutil, "copyfileobj", lambda *_: pytest.fail("unpacked"))
-    assert archive in error_of("--items", "Set5", "--archive", archive)
+    assert archive in call("--items", "Set5", "--archive", archive, code=1)
 
 
 @pytest.mark.parametrize("stopped", ["copyfileobj", "replace"])
@@ -681,8 +654,7 @@ def test_a_stop_while_unpacking_leaves_no_half_folder_and_the_next_call_finishes
 
     with monkeypatch.context() as patched:
         patched.setattr(module, stopped, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            call("--items", "Set5", "--archive", archive)
+        call("--items", "Set5", "--archive", archive, code=130)
     assert tree(tmp_path) == before
     (tmp_path / "data/Set5/.GT.1.part").mkdir()  # of a run that was killed
     (tmp_path / "data/Set5/.GT.1.part/a.png").write_bytes(b"half")
@@ -690,23 +662,23 @@ def test_a_stop_while_unpacking_leaves_no_half_folder_and_the_next_call_finishes
     assert tree(tmp_path) == before | SET5
 
 
-def test_of_several_folders_all_come_or_none(publish, error_of, tmp_path):
+def test_of_several_folders_all_come_or_none(publish, call, tmp_path):
     whole = zip_of({member: image(seed) for seed, member in enumerate(MEMBERS["BSDS500"])})
     last = whole.index(b"IDAT", whole.index(b"val/6.jpg"))
     publish("BSDS500", whole[:last] + b"IDAX" + whole[last + 4 :], images=2, checksum="")
     archive = tmp_path / "data/downloads/master.zip"
-    assert str(archive) in error_of("--items", "BSDS500")
+    assert str(archive) in call("--items", "BSDS500", code=1)
     assert list(tree(tmp_path)) == ["data/downloads/master.zip"]
 
 
 @pytest.mark.slow
-def test_a_second_run_on_the_same_folder_is_refused(error_of, publish, server, tmp_path):
+def test_a_second_run_on_the_same_folder_is_refused(call, publish, server, tmp_path):
     publish("Set5", tar_of(benchmark("Set5")))
     code = "import files, pathlib, sys, time; lock = files.FolderLock(pathlib.Path(sys.argv[1])); lock.__enter__(); print(1, flush=True)"
     command = [sys.executable, "-c", f"{code}; time.sleep(60)", str(tmp_path / "data/downloads")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}) as holder:
         holder.stdout.readline()
-        message = error_of("--items", "Set5")
+        message = call("--items", "Set5", code=1)
         holder.kill()
     assert str(tmp_path / "data/downloads") in message
     assert server.requests == []

@@ -180,6 +180,14 @@ def test_sub_images_are_not_mixed_with_the_users_images(source, output):
     assert list(snapshot(output)) == ["GT/mine.png"]
 
 
+def test_sub_images_are_not_cut_from_sub_images_of_the_same_set(source, output):
+    prepare(source, output, *SUB)
+    before = snapshot(output)
+    with pytest.raises(ValueError, match=str(output / "GT")):
+        prepare(output / "GT", output, *SUB)
+    assert snapshot(output) == before
+
+
 # Running again
 
 
@@ -372,7 +380,16 @@ def test_a_copy_that_the_user_made_is_used_and_is_not_ours(source, output, error
     assert snapshot(output) == before
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"version": 1, "sub_images": null, "made_from": {}}', '{"version": 2, "files": {}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"version": 1, "sub_images": null, "made_from": {}}',
+        '{"version": 2, "files": {}}',
+        '{"version": 3, "sub_images": null, "files": {}}',
+    ],
+)
 def test_a_damaged_manifest_is_refused(source, output, text):
     output.mkdir()
     (output / "prepared.json").write_text(text)
