@@ -197,9 +197,11 @@ class FolderLock:
             file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
             if not _lock(file):
                 file.seek(0)
-                holder = file.read().strip() or "unknown"
+                holder = file.read().strip() or "another process"
                 file.close()
-                raise ValueError(f"{self.folder}: another training is using it ({holder}): wait for it, stop it, or set another exp_name")
+                raise ValueError(
+                    f"{self.folder}: in use by {holder}; wait for it or stop it, or choose another folder (in training: exp_name)"
+                )
             if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
                 return file
             file.close()  # its holder has just removed it
