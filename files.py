@@ -200,7 +200,7 @@ class FolderLock:
                 holder = file.read().strip() or "another process"
                 file.close()
                 raise ValueError(
-                    f"{self.folder}: in use by {holder}; wait for it or stop it, or choose another folder (in training: exp_name)"
+                    f"{self.folder}: in use by {holder}; wait for it, stop it, or choose another folder (exp_name)"
                 )
             if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
                 return file
