@@ -199,9 +199,7 @@ class FolderLock:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 file.close()
-                raise ValueError(
-                    f"{self.folder}: in use by {holder}; wait for it, stop it, or choose another folder (exp_name)"
-                )
+                raise ValueError(f"{self.folder}: in use by {holder}; wait for it, stop it, or choose another folder (exp_name)")
             if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
                 return file
             file.close()  # its holder has just removed it
