@@ -74,7 +74,7 @@ def _sentence(error: Exception) -> str | None:
     """The sentence for the user, or None for a mistake of ours."""
     innermost = traceback.extract_tb(error.__traceback__)[-1]
     ours = Path(innermost.filename).resolve().parent in (REPOSITORY, REPOSITORY / "scripts")
-    if isinstance(error, ConnectionError) and error.errno:  # the system, about the pipe to a data worker
+    if isinstance(error, ConnectionResetError) and error.errno:  # the system, about the pipe to a data worker
         return _WORKER
     if isinstance(error, OSError):
         return files.explain(error)

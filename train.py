@@ -243,7 +243,7 @@ class Run:
         waiting = means["time/waiting"] or 0.0
         memory = {"memory/peak_gib": utils.peak_memory(self.runtime.device)}
         values = {"epoch": update / self.config.steps_per_epoch, "seconds": round(seconds, 1), **means, **memory}
-        loss = means.get("loss/total", means["loss/l1"])
+        loss = means["loss/total" if "loss/total" in means else "loss/l1"]
         shown = "no loss, all updates skipped" if loss is None else f"loss {loss:.4f}"
         best = f", best {self.progress.best_psnr:.2f} dB" if math.isfinite(self.progress.best_psnr) else ""
         log.write(update, values, f"{shown}, waiting for data {waiting:.0%}{best}")

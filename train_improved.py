@@ -36,7 +36,7 @@ class AdversarialStep(train.PixelStep):
     """One update of both networks: the discriminator learns from detached SR, the generator from the composite loss.
 
     Both gradients are computed before either network moves. If either is not finite, neither network changes. A term with weight 0
-    costs nothing; without the adversarial term there is no discriminator, and with L1 alone this is `PixelStep` bit for bit.
+    costs nothing; without the adversarial term there is no discriminator, and with L1 alone, in one part, this is `PixelStep` bit for bit.
     """
 
     config: ImprovedConfig

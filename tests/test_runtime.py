@@ -63,6 +63,19 @@ def test_what_is_no_mistake_of_ours_is_a_sentence(error, named, capsys, monkeypa
     assert named in said
 
 
+def test_a_closed_pipe_is_not_blamed_on_the_workers(capsys, monkeypatch):
+    """As of `script | head`."""
+    monkeypatch.setattr(sys, "argv", ["x"])
+
+    def main():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(SystemExit) as end:
+        runtime.run_script(main)
+    assert end.value.code == 1
+    assert "num_workers" not in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @signals
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGINT", 130)])

@@ -273,6 +273,13 @@ def test_what_a_run_leaves(settings):
 
 
 @trains
+def test_a_run_without_the_l1_term_reports(settings):
+    found = [line for line in log_lines(run(settings(l1_weight=0.0))) if "loss/total" in line]
+    assert len(found) == 6
+    assert not any("loss/l1" in line for line in found)
+
+
+@trains
 def test_a_composite_run_does_not_go_on_from_an_l1_run(settings):
     train.train(settings(use_composite_loss=False), train.PixelStep)
     with pytest.raises(ValueError, match="use_composite_loss was False, is True"):
