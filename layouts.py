@@ -110,26 +110,16 @@ def _fold_mean_shift(state: State) -> State:
 
 def _to_255(state: State) -> State:
     """The first and the last convolution for a program that works on [0, 255] inside."""
-    first = _undo(lambda weight: weight * 255, state["conv1.weight"], state["conv1.weight"] / 255)
-    last = {name: _undo(lambda value: value / 255, state[name], state[name] * 255) for name in ("conv3.weight", "conv3.bias")}
-    return {**state, "conv1.weight": first, **last}
+    last = {name: state[name] * 255 for name in ("conv3.weight", "conv3.bias")}
+    return {**state, "conv1.weight": state["conv1.weight"] / 255, **last}
 
 
 def _unfold_mean_shift(state: State) -> State:
     """As `_to_255`, with mean shifts that only add."""
     state = _to_255(state)
-    mean = state.pop("mean").flatten()
-    shift = _undo(lambda value: value / 255, mean, mean * 255)
+    shift = state.pop("mean").flatten() * 255
     before, after = (torch.eye(3).view(3, 3, 1, 1) for _ in range(2))
     return {**state, **dict(zip(MEAN_SHIFT, (before, -shift, after, shift), strict=True))}
-
-
-def _undo(forward: Callable[[Tensor], Tensor], wanted: Tensor, near: Tensor) -> Tensor:
-    """The float32 next to `near` that `forward` maps to `wanted`, or else nearest to it, within the last bit."""
-    near = near.to(torch.float32)
-    tried = torch.stack([near, *(torch.nextafter(near, torch.full_like(near, end)) for end in (-torch.inf, torch.inf))])
-    errors = (forward(tried.to(torch.float64)).to(torch.float32) - wanted).abs()
-    return tried.gather(0, errors.argmin(0, keepdim=True))[0]
 
 
 OFFICIAL = Layout(

@@ -116,10 +116,13 @@ def test_the_perceptual_loss_by_hand(layer, value):
     """A first layer that copies normalised red, for reds at +0.2 and -0.4 standard deviations."""
     state = {"features.0.weight": torch.zeros(64, 3, 3, 3), "features.0.bias": torch.zeros(64)}
     state["features.0.weight"][:, 0, 1, 1] = 1
+    state = {name: nn.Parameter(tensor) for name, tensor in state.items()}  # which are frozen all the same
     sr, gt = (
         torch.tensor(rgb).view(1, 3, 1, 1).expand(1, 3, 4, 4) for rgb in ((0.485 + 0.2 * 0.229, 0.1, 0.2), (0.485 - 0.4 * 0.229, 0.8, 0.9))
     )
-    assert losses.PerceptualLoss(state, {layer: 1.0})(sr, gt)["perceptual"].item() == approx(value, abs=1e-6)
+    found = losses.PerceptualLoss(state, {layer: 1.0})(sr, gt)["perceptual"]
+    assert found.item() == approx(value, abs=1e-6)
+    assert not found.requires_grad
 
 
 def test_the_deepest_layer_needs_16_pixels(deep):
