@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dataset
 import files
 import utils
+from config import LAST
 from reports import markdown_table, provenance
 from runtime import REPOSITORY, STOPPED, StopRequest, run_script
 
@@ -98,10 +99,10 @@ def commands(config: AblationConfig, variant: str, loss: str, seed: int) -> Iter
     folder, base = run_folder(config, variant, loss, seed), run_folder(config, variant, "l1", seed)
     script, options = LOSSES[loss]
     values = {"scale": config.upscale_factor, "seed": seed, "updates": config.updates, "more_updates": config.more_updates}
-    words = f"{options} {VARIANTS[variant]} {RECIPE}".format(**values, base=shlex.quote(str(base / "last.pth.tar")))
+    words = f"{options} {VARIANTS[variant]} {RECIPE}".format(**values, base=shlex.quote(str(base / LAST)))
     places = ["--exp_name", f"ablation/{folder.name}", "--data_root", config.data_root, "--results_dir", config.results_dir]
     yield [sys.executable, str(REPOSITORY / script), *shlex.split(f"{words} {config.extra}"), *places]
-    last, metrics = folder / "last.pth.tar", folder / "test" / "metrics.json"
+    last, metrics = folder / LAST, folder / "test" / "metrics.json"
     if not (last.is_file() and metrics.is_file() and metrics.stat().st_mtime_ns >= last.stat().st_mtime_ns):
         yield [sys.executable, str(REPOSITORY / "test.py"), *places, "--model_path", str(last), "--test_sets", *config.test_sets]
 

@@ -117,7 +117,7 @@ def test_a_slip_in_the_edited_file_is_refused(line, value):
     ("settings", "names"),
     [
         ({"upscale_factor": 2}, ["rcan_x4", "rcan_x2", "upscale_factor=4"]),
-        ({"start_epoch": 2000}, ["start_epoch=2000", "epochs=1000"]),
+        ({"start_epoch": 1000}, ["start_epoch=1000", "epochs=1000"]),
         ({"start_epoch": 2, "resume": "never"}, ["start_epoch=2", "resume='never'"]),
         ({"resume": ""}, ["resume=''", "auto"]),
         ({"valid_sets": ("Set5", "Set5")}, ["valid_sets"]),
@@ -142,6 +142,24 @@ def test_a_line_is_an_option():
     config = parse(Config, "train", ["--batch_size", "8", "--valid_sets", "Set5", "Set14", "--compile", "True", "--channels=32"])
     assert (config.batch_size, config.valid_sets, config.compile, config.channels) == (8, ("Set5", "Set14"), True, 32)
     assert parse(Config, "train", []) == parse(Config, "test", []) == parse(Config, None, []) == Config()
+
+
+def test_every_setting_is_read_back_from_the_command_line():
+    fitting = {
+        "model_arch_name": "rcan_light_cbam_x8", "attention": "cbam", "mode": "train", "epochs": 8, "skip_threshold": 2.5,
+        "adam_betas": (0.25, 0.5), "use_composite_loss": True, "schedule": "step",
+    }  # fmt: skip
+    samples = {int: 7, float: 0.25, str: "a b", int | None: 7, float | None: 0.25, tuple[str, ...]: ("one", "Größe")}
+    samples[str | tuple[str, ...]] = ("a.pth", "b.pth")
+    values = {}
+    for name in FIELDS:
+        choices = get_args(HINTS[name])[-1:] if get_origin(HINTS[name]) is Literal else [not getattr(ImprovedConfig, name)]
+        values[name] = fitting.get(name, samples.get(HINTS[name], choices[0]))
+    words = [(f"--{name}", *map(str, value if isinstance(value, tuple) else [value])) for name, value in values.items()]
+    expected = ImprovedConfig(**values)
+    assert [name for name in FIELDS if getattr(expected, name) == getattr(ImprovedConfig, name)] == ["schedule"]
+    assert parse(ImprovedConfig, None, [word for option in words for word in option]) == expected
+    assert parse(Config, "train", ["--batch-size", "8"]).batch_size == 8
 
 
 @pytest.mark.parametrize("mode", ["train", "test"])
@@ -184,6 +202,31 @@ def test_an_option_without_effect_is_refused_and_what_was_meant_is_named(mode, a
     assert all(name in str(error.value) for name in names)
 
 
+def test_the_scripts_read_no_setting_that_their_command_line_refuses():
+    def read_by(*scripts):
+        text = "".join((REPOSITORY / script).read_text(encoding="utf-8") for script in scripts)
+        return set(re.findall(r"config\.(\w+)", text)) & set(FIELDS)
+
+    assert {"data_root", "degradation", "self_ensemble", "save_images", "test_sets", "model_path"} <= read_by("test.py") <= Config.TESTING
+    assert not read_by("train.py", "checkpoints.py") & Config.NOT_IN_TRAINING
+    assert not read_by("train.py", "checkpoints.py", "train_improved.py") & ImprovedConfig.NOT_IN_TRAINING
+
+
+def test_what_decides_the_weights_may_not_change_at_resume():
+    """A new setting needs a decision."""
+    fixed = {
+        "model_arch_name", "upscale_factor", "channels", "reduction", "num_rg", "num_rcab", "attention", "initial_channel_gate",
+        "initial_spatial_gate", "seed", "epochs", "steps_per_epoch", "pretrained_model_path", "train_sets", "degradation", "lr_patch_size",
+        "small_images", "batch_size", "learning_rate", "adam_betas", "schedule", "halve_every", "warmup_updates", "clip_grad_norm",
+        "ema_decay", "precision", "best_metric", "use_composite_loss", "l1_weight", "perceptual_weight", "adversarial_weight",
+    }  # fmt: skip
+    improved = {"preset", "perceptual_layers", "adversarial_loss", "discriminator_channels", "discriminator_learning_rate"}
+    assert {field.name for field in dataclasses.fields(Config)} - Config.FREE_AT_RESUME == fixed
+    assert set(FIELDS) - ImprovedConfig.FREE_AT_RESUME == fixed | improved
+    assert {"data_root", "cache_dir", "num_workers"} == Config.OF_ONE_MACHINE == ImprovedConfig.OF_ONE_MACHINE - {"vgg19_weights_path"}
+    assert "vgg19_weights_path" in ImprovedConfig.OF_ONE_MACHINE
+
+
 def test_edited_lines_that_another_script_uses_are_fine():
     assert parse(Config, "train", [], {"model_path": "x.pth"}).model_path == "x.pth"
     assert parse(Config, "test", ["--mode", "valid"], {"epochs": 3}).epochs == 3
@@ -191,7 +234,8 @@ def test_edited_lines_that_another_script_uses_are_fine():
 
 
 @pytest.mark.parametrize(
-    ("argv", "hint"), [(["--batchsize", "8"], "--batch_size"), (["--lr", "1"], "--"), (["--model_arch_name", "rcan_x5"], "rcan_x4")]
+    ("argv", "hint"),
+    [(["--batchsize", "8"], "--batch_size"), (["--lr", "1"], "--learning_rate"), (["--model_arch_name", "rcan_x5"], "rcan_x4")],
 )
 def test_a_slip_is_answered_with_what_is_known(argv, hint, capsys):
     with pytest.raises(SystemExit) as end:
