@@ -89,7 +89,12 @@ def _serialised(path: Path, state: Mapping[str, Any]) -> memoryview:
 
 def _not_finite(state: Any) -> str | None:
     """The name of the first tensor that holds NaN or infinity."""
-    return next((name for name, tensor in _tensors(state) if tensor.is_floating_point() and not torch.isfinite(tensor).all()), None)
+    named = [(name, torch.isfinite(tensor).all()) for name, tensor in _tensors(state) if tensor.is_floating_point()]
+    for device in {flag.device for _, flag in named}:  # one answer a device, as each makes it wait
+        here = [(name, flag) for name, flag in named if flag.device == device]
+        if not all(sound := torch.stack([flag for _, flag in here]).tolist()):
+            return here[sound.index(False)][0]
+    return None
 
 
 def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -205,6 +210,23 @@ def _check(config: Config, checkpoint: Any, path: Path) -> None:
         raise ValueError(f"{path}: the run was started with other settings ({differences}): set them back, or set another exp_name")
 
 
+def outdated_best(checkpoint: Mapping[str, Any], path: Path, folder: Path, validation: str) -> str:
+    """Why the best scores in a checkpoint say nothing of the run's best.pth.tar, or an empty text.
+
+    Args:
+        path: of the checkpoint.
+        folder: of the run.
+        validation: a checksum of the images that decide now, the first of valid_sets.
+    """
+    if checkpoint["best_psnr"] == -math.inf:
+        return ""
+    if checkpoint.get("validation", validation) != validation:
+        return "the first of valid_sets was another one, or its images have changed"
+    if path.parent != folder or not (folder / BEST).is_file():
+        return f"there is no {folder / BEST}"
+    return ""
+
+
 def restore(parts: Mapping[str, Any], checkpoint: Mapping[str, Any], path: Path, fingerprint: str) -> None:
     """Load each part's state, by name.
 
@@ -214,7 +236,7 @@ def restore(parts: Mapping[str, Any], checkpoint: Mapping[str, Any], path: Path,
     Raises:
         ValueError: the images have changed, or a part is missing or of another shape.
     """
-    if checkpoint["data"] != fingerprint:
+    if not fingerprint.startswith(checkpoint["data"]):  # older checkpoints have a part of it
         raise ValueError(
             f"{path}: the training images have changed since the run was started (were {checkpoint['data']}, are {fingerprint}): "
             "bring the old ones back, or set another exp_name and pretrained_model_path"

@@ -8,27 +8,31 @@ workers nor a resume changes the run.
     for batch in prefetch(load(batches, first=0, last=1000, num_workers=1), device): batch["lr"], batch["gt"]
 """
 
+import math
 import os
 import re
+import shutil
 import signal
+import sys
+import time
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 import image_files
 import imgproc
 from imgproc import RGB
-from runtime import cores
+from runtime import Interrupted, StopRequest, cores
 
 # Finding pairs
 
@@ -55,6 +59,7 @@ def find_pairs(folder: str | os.PathLike, upscale_factor: int, degradation: str 
 
     GT images lie in `GT`, `GTmod12` or `HR`, in `image_SRF_<scale>` with LR images beside them, or in the folder itself. LR
     images lie in `LRbicx<scale>`, `LR_bicubic/X<scale>`, `LRBDx<scale>` or `LRDNx<scale>`; their names may end in `x<scale>`.
+    These folders may hold further folders, which then belong to the names, as in `GT/000/00000001.png` of REDS.
 
     Raises:
         FileNotFoundError: the folder is missing or holds no image.
@@ -64,8 +69,11 @@ def find_pairs(folder: str | os.PathLike, upscale_factor: int, degradation: str 
     gt_files, lr_files = _find_files(folder, upscale_factor, degradation)
     if not gt_files:
         problem = "no image is in it" if folder.is_dir() else "is a file, not a folder" if folder.exists() else "no such folder"
+        beside = image_files.passed_over(folder) if folder.is_dir() else ""
+        fetch = f", or fetch it with python scripts/download.py --items {folder.name}" if folder.name in DOWNLOADABLE else ""
         raise FileNotFoundError(
-            f"{folder}: {problem}; put the GT images into {folder / 'GT'} as .png or .jpg, or name another data_root or set"
+            f"{folder}: {problem}{f' ({beside})' if beside else ''}; put the GT images into {folder / 'GT'} as .png or .jpg, "
+            f"or name another data_root or set{fetch}"
         )
     gt = _by_name(gt_files, lambda stem: stem.removesuffix(f"_SRF_{upscale_factor}_HR"))
     lr = _by_name(lr_files, lambda stem: stem if stem in gt else _without_scale(stem, upscale_factor))
@@ -82,19 +90,22 @@ def find_pairs(folder: str | os.PathLike, upscale_factor: int, degradation: str 
 def _find_files(folder: Path, scale: int, degradation: str) -> tuple[list[Path], list[Path]]:
     gt_files = _first_images(folder / name for name in GT_FOLDERS)
     lr_files = _first_images(folder / name.format(scale=scale) for name in LR_FOLDERS[degradation])
-    both = _images_in(folder / f"image_SRF_{scale}")
+    both = _images_in(folder / f"image_SRF_{scale}", nested=False)
     if both and not gt_files:
         gt_files = [file for file in both if file.stem.endswith("_HR")]
         lr_files = [file for file in both if file.stem.endswith("_LR")] if degradation == "BI" else []
-    return gt_files or _images_in(folder), lr_files
+    return gt_files or _images_in(folder, nested=False), lr_files
 
 
 def _first_images(folders: Iterable[Path]) -> list[Path]:
     return next(filter(None, map(_images_in, folders)), [])
 
 
-def _images_in(folder: Path) -> list[Path]:
-    return image_files.list_images(folder) if folder.is_dir() else []
+def _images_in(folder: Path, nested: bool = True) -> list[Path]:
+    return image_files.list_images(folder, nested) if folder.is_dir() else []
+
+
+DOWNLOADABLE = ("DIV2K", "DIV2K_valid", "Flickr2K", "BSDS200", "Set5", "Set14", "B100", "Urban100")  # by scripts/download.py
 
 
 def _without_scale(stem: str, scale: int) -> str:
@@ -103,8 +114,9 @@ def _without_scale(stem: str, scale: int) -> str:
 
 def _by_name(files: Sequence[Path], to_name: Callable[[str], str]) -> dict[str, Path]:
     named: dict[str, Path] = {}
+    root = Path(os.path.commonpath([file.parent for file in files])) if files else Path()
     for file in files:
-        name = to_name(file.stem)
+        name = to_name(file.relative_to(root).with_suffix("").as_posix())
         if any("\ud800" <= character <= "\udfff" for character in str(file)):  # Python's stand-in for a byte that is not UTF-8
             raise ValueError(f"{str(file)!r}: the name is not UTF-8, but reports are; rename it")
         if name in named:
@@ -154,11 +166,56 @@ def _raise_size(pair: Pair, lr_size: Size, scale: int) -> None:
     )
 
 
-def describe_pairs(split: str, name: str, pairs: Sequence[Pair]) -> str:
-    """A summary for the log: where, how many, and the first three pairs."""
-    made = "made exactly from GT" if pairs[0].lr is None else str(pairs[0].lr.parent)
+def describe_pairs(split: str, name: str, pairs: Sequence[Pair], lr: str) -> str:
+    """A summary for the log: where, how many, what `check_lr` says of LR, the first three pairs, and what is passed over beside them."""
+    folders = [_folder_of(pair.name, file) for pair in pairs[:1] for file in (pair.gt, pair.lr) if file]
     first = ", ".join(pair.gt.name if pair.lr is None else f"{pair.gt.name} with {pair.lr.name}" for pair in pairs[:3])
-    return f"{split} {name}: {len(pairs)} images in {pairs[0].gt.parent}, LR {made}\n    {first}{', …' if len(pairs) > 3 else ''}"
+    lines = [f"{split} {name}: {len(pairs)} images in {folders[0]}, LR {lr}"]
+    lines.append(first + (", …" if len(pairs) > 3 else ""))
+    lines += filter(None, (image_files.passed_over(folder, nested=bool(_NESTED.fullmatch(folder.name))) for folder in folders))
+    return "\n    ".join(lines)
+
+
+_NESTED = re.compile("|".join((*GT_FOLDERS, r"LR\w+x\d", r"X\d")))  # folders whose own folders belong to the set
+
+
+def _folder_of(name: str, file: Path) -> Path:
+    """The folder of GT or LR images that a pair's file is in, perhaps in a folder of it."""
+    return file.parents[name.count("/")]
+
+
+AS_GIVEN = "LR as given"  # LR images that are no known degradation of the GT images
+_COMPARED = 5  # images of a set
+
+
+def check_lr(pairs: Sequence[Pair], upscale_factor: int, degradation: str) -> tuple[bool, str]:
+    """Whether LR images on disk are what this degradation makes of GT, compared on a few images; and what was found, in words.
+
+    DN's noise is not repeated: in the middle tones, its mean must be 0 and its standard deviation 30.
+    """
+    if pairs[0].lr is None:
+        return True, "made exactly when needed"
+    chosen = [pairs[index] for index in np.linspace(0, len(pairs) - 1, min(_COMPARED, len(pairs))).astype(int)]
+    noise, shares, worst = [np.zeros(0)], [], 0
+    for pair in chosen:
+        gt = imgproc.crop_to_multiple(image_files.read_image(pair.gt), upscale_factor)
+        exact = imgproc.degrade(gt, upscale_factor, "BI" if degradation == "DN" else degradation).astype(int)
+        off = make_lr(pair, gt, upscale_factor, degradation) - exact
+        noise.append(off[abs(exact - 128) < 32])  # elsewhere the noise is clipped
+        shares.append(float(np.mean(off != 0)))
+        worst = max(worst, int(abs(off).max()))
+    name = {"BI": "MATLAB's bicubic", "DN": "MATLAB's bicubic with noise of 30"}.get(degradation, degradation)
+    where = f"in {_folder_of(pairs[0].name, pairs[0].lr).name}, {len(chosen)} compared"
+    if degradation == "DN":
+        values = np.concatenate(noise)
+        fits = len(values) < 1000 or (abs(values.mean()) < 3 and 27 < values.std() < 33)
+        return fits, f"{where}: {name if fits else f'NOT {name}, but off by {values.mean():.1f} with a deviation of {values.std():.1f}'}"
+    if not worst:
+        return True, f"{where}: exactly {name}"
+    found = f"{np.mean(shares):.1%} of the values differ, by up to {worst}"
+    if np.mean(shares) < 0.01 and worst <= 2:  # another program's rounding
+        return True, f"{where}: {name}, but for {found}"
+    return False, f"{where}: NOT {name}, {found}; scores will not compare with the papers'"
 
 
 def fit_to_patch(pairs: Sequence[Pair], sizes: Sequence[Size], gt_patch_size: int, small_images: str = "refuse") -> NDArray[np.intp]:
@@ -194,7 +251,7 @@ class EvaluationSet:
     Decoded images are kept for the next evaluation, as long as they fit into `KEPT_BYTES`.
     """
 
-    KEPT_BYTES = 2**29
+    KEPT_BYTES = 2**29  # of each set, in each process
 
     def __init__(self, pairs: Sequence[Pair], upscale_factor: int, degradation: str = "BI") -> None:
         self.pairs = list(pairs)
@@ -206,15 +263,24 @@ class EvaluationSet:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def content(self) -> str:
+        """A checksum of all names and pixels."""
+        crc = 0
+        for name, lr, gt in (self[index] for index in range(len(self))):
+            for part in (name.encode(), lr.tobytes(), gt.tobytes()):
+                crc = zlib.crc32(part, crc)
+        return f"{crc:08x}"
+
     def __getitem__(self, index: int) -> tuple[str, RGB, RGB]:
         if index in self._kept:
             return self._kept[index]
         pair = self.pairs[index]
         gt = imgproc.crop_to_multiple(image_files.read_image(pair.gt), self.upscale_factor)
         found = pair.name, make_lr(pair, gt, self.upscale_factor, self.degradation), gt
-        if self._free >= gt.nbytes:
+        size = sum(image.nbytes for image in found[1:])
+        if self._free >= size:
             self._kept[index] = found
-            self._free -= gt.nbytes
+            self._free -= size
         return found
 
 
@@ -259,9 +325,26 @@ def open_test_sets(
         sets[folder.name] = EvaluationSet(pairs, upscale_factor, degradation)
     if decode:  # a damaged image would otherwise end a run after hours of training
         jobs = [(images, index) for images in sets.values() for index in range(len(images))]
-        with ThreadPoolExecutor(cores()) as pool:
-            deque(pool.map(lambda job: job[0][job[1]], jobs), maxlen=0)
+        in_parallel(lambda job: job[0][job[1]], jobs, progress="")
     return sets
+
+
+Job = TypeVar("Job")
+Made = TypeVar("Made")
+
+
+def in_parallel(work: Callable[[Job], Made], jobs: Sequence[Job], progress: str = "") -> list[Made]:
+    """Results in their order, by one thread a core; after an error or a signal, no further job is begun.
+
+    Args:
+        progress: the label of a progress bar; empty: none.
+    """
+    with ThreadPoolExecutor(cores()) as pool:
+        try:
+            return list(tqdm(pool.map(work, jobs), progress, len(jobs), unit="image", disable=not progress))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 # Training batches
@@ -275,6 +358,8 @@ class DecodedPairs(Protocol):
     gt_sizes: list[Size]
     lr_sizes: list[Size]
 
+    @property
+    def content(self) -> str: ...  # a checksum of all names and pixels
     def __len__(self) -> int: ...
     def gt(self, index: int) -> RGB: ...
     def lr(self, index: int) -> RGB: ...
@@ -314,7 +399,9 @@ class TrainBatches(Dataset):
         self.usable = np.arange(len(store)) if usable is None else usable
         sizes = [store.gt_sizes[image] for image in self.usable]
         self.fingerprint = f"{len(sizes)} images of {sum(h * w for h, w in sizes)} pixels, {zlib.crc32(repr(sizes).encode()):08x}"
+        self.fingerprint += f", content {store.content}"  # last, as older checkpoints have the part before it alone
         self.share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self.bytes = 3 * lr_patch_size**2 * (1 + store.upscale_factor**2) * batch_size // world_size  # of a batch
 
     def __getitem__(self, update: int) -> dict[str, Tensor]:
         images = self._images(update)[self.share]
@@ -348,20 +435,46 @@ class TrainBatches(Dataset):
 
 
 _ORDER, _PLACES = 0, 1  # separate streams of random numbers
+_TICK = 1  # seconds that the loader waits for a batch before it looks around
 
 
-def load(batches: TrainBatches, first: int, last: int, num_workers: int, pin_memory: bool = False) -> DataLoader:
-    """Batches of the updates `first` to `last` - 1, in order, cut by `num_workers` processes (0: by this process)."""
+def load(batches: TrainBatches, first: int, last: int, num_workers: int, pin_memory: bool = False, ahead: int = 2) -> DataLoader:
+    """Batches of the updates `first` to `last` - 1, in order, cut by `num_workers` processes (0: by this process), `ahead` by each."""
     own = torch.Generator()  # the default would draw a number from PyTorch's global generator, and a resumed run would differ
     return DataLoader(
         batches,
         batch_size=None,
         sampler=range(first, last),
         num_workers=num_workers,
+        prefetch_factor=ahead if num_workers else None,
         pin_memory=pin_memory,
         generator=own,
+        timeout=_TICK if num_workers else 0,
         worker_init_fn=_outlive_signals,
     )
+
+
+SHARED_MEMORY = Path("/dev/shm")  # where workers put batches; Docker gives it 64 MB
+
+
+def fit_workers(batches: TrainBatches, num_workers: int, processes: int = 1) -> tuple[int, int, str]:
+    """How many workers, each how many batches ahead, fit into the shared memory; and a sentence if these are fewer than wanted.
+
+    Args:
+        processes: training processes on this machine.
+    """
+    room = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else math.inf
+    held = int(room / (1.1 * max(batches.bytes, 1) * processes)) - 2 if room < math.inf else sys.maxsize  # two more are on their way
+    ahead = 2 if held >= 2 * num_workers else 1
+    workers = max(0, min(num_workers, held // ahead))
+    if (workers, ahead) == (num_workers, 2) or not num_workers:
+        return num_workers, 2, ""
+    wanted = f"{processes} x {num_workers} workers" if processes > 1 else f"{num_workers} workers"
+    sentence = (
+        f"{SHARED_MEMORY} has {room / 2**20:.0f} MiB free, too little for {wanted} with 2 batches of {batches.bytes / 2**20:.1f} MiB each: "
+        f"continuing with num_workers={workers}{f', {ahead} ahead' if workers else ''}; docker run --shm-size 2g gives more"
+    )
+    return workers, ahead, sentence
 
 
 def _outlive_signals(_worker: int) -> None:
@@ -375,24 +488,55 @@ def _outlive_signals(_worker: int) -> None:
 # Prefetchers: uint8 (n, h, w, 3) to float32 (n, 3, h, w) in [0, 1] on the device
 
 
-def prefetch(loader: DataLoader, device: torch.device, channels_last: bool = True) -> "CPUPrefetcher | CUDAPrefetcher":
+def prefetch(
+    loader: DataLoader, device: torch.device, channels_last: bool = True, stop: StopRequest | None = None
+) -> "CPUPrefetcher | CUDAPrefetcher":
     """The prefetcher for a device."""
-    return (CUDAPrefetcher if device.type == "cuda" else CPUPrefetcher)(loader, device, channels_last)
+    return (CUDAPrefetcher if device.type == "cuda" else CPUPrefetcher)(loader, device, channels_last, stop)
 
 
 class CPUPrefetcher:
-    """Iterates once over a loader's batches: {"lr", "gt"}, float32 (n, 3, h, w) in [0, 1]."""
+    """Iterates once over a loader's batches: {"lr", "gt"}, float32 (n, 3, h, w) in [0, 1].
 
-    def __init__(self, loader: DataLoader, device: torch.device, channels_last: bool = True) -> None:
+    Raises:
+        Interrupted: a stop was requested, and no batch has come since.
+        ValueError: the workers have no shared memory left, or none of them has made a batch for `LONGEST_WAIT`.
+    """
+
+    LONGEST_WAIT = 600  # seconds
+    PATIENCE = 3  # seconds from a stop request, in which the batch may still come
+
+    def __init__(self, loader: DataLoader, device: torch.device, channels_last: bool = True, stop: StopRequest | None = None) -> None:
+        self._loader = loader
         self._batches = iter(loader)
         self._device = device
         self._channels_last = channels_last
+        self._stop = stop
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return self
 
     def __next__(self) -> dict[str, Tensor]:
-        return {name: self._convert(pixels) for name, pixels in next(self._batches).items()}
+        return {name: self._convert(pixels) for name, pixels in self._wait().items()}
+
+    def _wait(self) -> dict[str, Tensor]:
+        start = time.monotonic()
+        while True:
+            try:
+                return next(self._batches)
+            except RuntimeError as error:  # the loader's timeout, after which it can be asked again
+                if "timed out" not in str(error):
+                    raise
+            if self._stop and self._stop.requested is not None and time.monotonic() - self._stop.requested > self.PATIENCE:
+                raise Interrupted
+            waited = time.monotonic() - start
+            size = getattr(self._loader.dataset, "bytes", 0)
+            if waited > 5 and SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free < size:
+                raise ValueError(f"{SHARED_MEMORY}: is full, so the workers can't hand over a batch: lower num_workers, or make room in it")
+            if waited > self.LONGEST_WAIT:
+                raise ValueError(
+                    f"no batch has come for {waited / 60:.0f} minutes; is the disk of cache_dir slow? num_workers=0 does without workers"
+                )
 
     def _convert(self, pixels: Tensor) -> Tensor:
         pixels = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2)  # already channels_last in memory
@@ -403,8 +547,8 @@ class CPUPrefetcher:
 class CUDAPrefetcher(CPUPrefetcher):
     """The same; copies and converts the next batch ahead, on its own stream. Needs pinned memory."""
 
-    def __init__(self, loader: DataLoader, device: torch.device, channels_last: bool = True) -> None:
-        super().__init__(loader, device, channels_last)
+    def __init__(self, loader: DataLoader, device: torch.device, channels_last: bool = True, stop: StopRequest | None = None) -> None:
+        super().__init__(loader, device, channels_last, stop)
         self._stream = torch.cuda.Stream(device)
         self._ahead = self._fetch()
 

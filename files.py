@@ -8,6 +8,7 @@ print(explain(error))                   # "results/x: there is no room left on i
 import contextlib
 import errno
 import os
+import re
 import shutil
 import socket
 import sys
@@ -41,7 +42,8 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
         OSError: the file cannot be written; `explain` has words for it.
     """
     unique = f"{os.getpid()}.{uuid.uuid4().hex[:8]}"  # two containers may give their processes the same number
-    part, old = (path.with_name(f".{path.name}.{unique}{ending}") for ending in (".part", ".old.part"))
+    name = os.fsdecode(os.fsencode(path.name)[: _LONGEST_NAME - len(f"..{unique}.old.part")])
+    part, old = (path.with_name(f".{name}.{unique}{ending}") for ending in (".part", ".old.part"))
     try:
         with made_folder(path.parent):
             try:
@@ -53,13 +55,17 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
                 if durable:
                     sync(path.parent)
             finally:
-                for left in (part, old):
-                    _remove(left)
+                _remove(part)
+                if path.exists():
+                    _remove(old)
     except OSError as error:
         named = str(error.filename or part)  # a failing write does not name its file
         if error.errno is None or not named.startswith(str(part)):
             raise
         raise OSError(error.errno, error.strerror or str(error), named.replace(str(part), str(path))) from error
+
+
+_LONGEST_NAME = 255  # bytes, on nearly all disks
 
 
 def _take_place(part: Path, path: Path, old: Path) -> None:
@@ -96,17 +102,24 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def remove_leftovers(folder: Path, name: str = "*", idle_seconds: float = 0) -> list[Path]:
-    """Delete what killed writers left of `name` (a pattern) in a folder and the folders in it; the deleted paths.
+def remove_leftovers(folder: Path, name: str = "*", idle_seconds: float = 0, nested: bool = True) -> list[Path]:
+    """Delete what killed writers left of `name` (a pattern) in a folder, and in the folders in it; the deleted paths.
+
+    A folder that a writer had moved away, to put a new one in its place, is moved back.
 
     Args:
         idle_seconds: leave what has been written to since, by a writer that may still run.
     """
     removed = []
-    for part in folder.rglob(f".{name}.part"):
+    for part in folder.glob(f"{'**/' if nested else ''}.{name}.part"):
         with contextlib.suppress(FileNotFoundError):  # another process removes it too
             newest = max(each.stat().st_mtime for each in (part, *(part.iterdir() if part.is_dir() else ())))
-            if time.time() - newest >= idle_seconds:
+            if time.time() - newest < idle_seconds:
+                continue
+            moved = re.fullmatch(r"\.(.+)\.\d+\.[0-9a-f]{8}\.old\.part", part.name)
+            if moved and not part.with_name(moved[1]).exists():
+                part.rename(part.with_name(moved[1]))
+            else:
                 _remove(part)
                 removed.append(part)
     return removed

@@ -5,7 +5,7 @@
     write_photo("large.tif", photo)
 
 Pillow decodes 8 bits a channel. OpenCV (PNG) and tifffile (TIFF) decode 16, which Pillow would cut to 8. Every error names the file.
-A header is checked before its pixels take memory.
+A header is checked before its pixels take memory. iPhones' .heic files are read where the package pillow-heif is installed.
 """
 
 import contextlib
@@ -15,8 +15,9 @@ import os
 import struct
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,12 +28,18 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 
 import files
+import metadata
+from metadata import Metadata
 
 RGB = NDArray[np.uint8]  # (H, W, 3)
 
 MAX_PIXELS = 110_000_000  # admits a photograph of 102 megapixels; reading 8 bits a channel stays below 1 GB
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".bmp": "BMP", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
-IMAGE_SUFFIXES = tuple(FORMATS)
+FORMATS = {  # that are written, by their endings
+    ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".bmp": "BMP", ".webp": "WEBP", ".tif": "TIFF",
+    ".tiff": "TIFF",
+}  # fmt: skip
+_HEIF = (".heic", ".heif")
+IMAGE_SUFFIXES = (*FORMATS, ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", *(_HEIF if metadata.HAS_HEIF else ()))  # that are read
 
 cv2.setNumThreads(0)  # OpenCV's threads do not survive a fork, as in data workers, and each call here is too small to gain from them
 _set_opencv_log_level = getattr(getattr(cv2.utils, "logging", cv2), "setLogLevel", None)  # OpenCV has moved it
@@ -53,6 +60,7 @@ class Photo:
         gray: write one channel of colour.
         icc_profile: the colour space; None: sRGB.
         dpi: horizontal and vertical resolution for printing; None: unknown.
+        metadata: EXIF, XMP, comments, text, and what a PNG says of its colours.
         notes: sentences on what was left out.
     """
 
@@ -61,12 +69,18 @@ class Photo:
     gray: bool = False
     icc_profile: bytes | None = None
     dpi: tuple[float, float] | None = None
+    metadata: Metadata = field(default_factory=Metadata)
     notes: tuple[str, ...] = ()
 
     @property
     def bits(self) -> int:
         """8 or 16."""
         return 8 * self.pixels.dtype.itemsize
+
+    @property
+    def transparency(self) -> NDArray | None:
+        """`alpha`, or None where it is opaque everywhere, so that any format can hold the image."""
+        return None if self.alpha is None or (self.alpha == np.iinfo(self.alpha.dtype).max).all() else self.alpha
 
 
 # Reading
@@ -108,7 +122,7 @@ def read_photo(path: str | os.PathLike) -> Photo:
         del image
         alpha = None if photo.alpha is None else _rotate(photo.alpha, orientation)
         dpi = photo.dpi[::-1] if photo.dpi and orientation in _ON_ITS_SIDE else photo.dpi
-        return replace(photo, pixels=_rotate(photo.pixels, orientation), alpha=alpha, dpi=dpi)
+        return replace(photo, pixels=_rotate(photo.pixels, orientation), alpha=alpha, dpi=dpi, metadata=metadata.read(file))
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
@@ -129,10 +143,39 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
         return size[::-1] if orientation in _ON_ITS_SIDE else size
 
 
-def list_images(folder: str | os.PathLike) -> list[Path]:
-    """The image files of `folder`, sorted by name, without hidden files and other endings."""
-    visible = (file for file in Path(folder).iterdir() if not file.name.startswith("."))
-    return sorted(file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+def list_images(folder: str | os.PathLike, nested: bool = False) -> list[Path]:
+    """The image files of `folder`, sorted, without hidden files and other endings.
+
+    Args:
+        nested: also those of the folders in it, and of the folders that links lead to.
+    """
+    return sorted(file for file in _walk(Path(folder), nested) if file.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def passed_over(folder: str | os.PathLike, nested: bool = False) -> str:
+    """A sentence on what `list_images` doesn't list, by ending, or an empty one."""
+    others = Counter(file.suffix.lower() or "without an ending" for file in _walk(Path(folder), nested))
+    found = [f"{count} {suffix}" for suffix, count in sorted(others.items()) if suffix not in (*IMAGE_SUFFIXES, *_OF_SYSTEMS)]
+    if not nested:
+        inner = [each.name for each in sorted(Path(folder).iterdir()) if each.is_dir() and not each.name.startswith(".")]
+        found += [f"the images in {name}/" for name in inner if list_images(Path(folder) / name)]
+    if not found:
+        return ""
+    remedy = "; to read .heic, pip install pillow-heif" if others.keys() & {*_HEIF} - {*IMAGE_SUFFIXES} else ""
+    return f"passed over in {folder}: {', '.join(found)}{remedy}"
+
+
+_OF_SYSTEMS = (".db", ".ini")  # Thumbs.db, desktop.ini
+
+
+def _walk(folder: Path, nested: bool) -> Iterator[Path]:
+    """Visible files; a folder that is reached twice, as by a link to itself, is entered once."""
+    entered = {folder.resolve()}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        yield from (Path(place, name) for name in names if not name.startswith(".") and Path(place, name).is_file())
+        inner = [name for name in sorted(folders) if nested and not name.startswith(".") and Path(place, name).resolve() not in entered]
+        entered.update(Path(place, name).resolve() for name in inner)
+        folders[:] = inner
 
 
 # Writing
@@ -167,6 +210,8 @@ def write_photo(path: str | os.PathLike, photo: Photo, quality: int = 95) -> Non
         raise ValueError(f"{path}: unknown ending {path.suffix!r}; known are {', '.join(FORMATS)}")
     check_writable(photo, path.suffix, photo.pixels.shape[:2])
     kind = FORMATS[path.suffix.lower()]
+    if kind in _OPAQUE:
+        photo = replace(photo, alpha=photo.transparency)
     colours = photo.pixels[:, :, :1] if photo.gray else photo.pixels
     values = colours if photo.alpha is None else np.concatenate([colours, photo.alpha[:, :, None]], 2)  # (H, W, 1 to 4)
     if kind == "TIFF":
@@ -175,7 +220,14 @@ def write_photo(path: str | os.PathLike, photo: Photo, quality: int = 95) -> Non
         encoded = _encode_deep_png(values, photo)
     else:
         encoded = _encode_with_pillow(values, photo, kind, quality)
+    if kind == "PNG":
+        chunks = b"".join(metadata.png_chunk(*chunk) for chunk in photo.metadata.png_chunks(photo.pixels.shape[:2]))
+        encoded = encoded[:_PNG_HEADER] + chunks + encoded[_PNG_HEADER:]
     files.write_whole(path, encoded, durable=False)
+
+
+_OPAQUE = ("JPEG", "BMP")  # hold no alpha
+_PNG_HEADER = 33  # bytes of the signature and IHDR
 
 
 def check_writable(photo: Photo, suffix: str, size: tuple[int, ...]) -> tuple[str, ...]:
@@ -189,7 +241,7 @@ def check_writable(photo: Photo, suffix: str, size: tuple[int, ...]) -> tuple[st
         ValueError: the format holds no alpha, no 16 bits or no image of this size.
     """
     kind = FORMATS[suffix.lower()]
-    if photo.alpha is not None and kind in ("JPEG", "BMP"):
+    if kind in _OPAQUE and photo.transparency is not None:
         raise ValueError(f"the image has alpha, which {kind} doesn't hold; choose --output_format png, webp or tif")
     if photo.bits == 16 and kind not in ("PNG", "TIFF"):
         raise ValueError(f"the image has 16 bits a channel, which {kind} doesn't hold; choose --output_format png or tif")
@@ -201,7 +253,7 @@ def check_writable(photo: Photo, suffix: str, size: tuple[int, ...]) -> tuple[st
         notes.append(f"{kind} can't hold the colour profile of this image; its colours may look a little different")
     if photo.dpi and kind == "WEBP":
         notes.append("WEBP holds no resolution (dpi)")
-    return tuple(notes)
+    return (*notes, *photo.metadata.left_out(kind))
 
 
 def _holds_profile(photo: Photo, kind: str) -> bool:
@@ -245,18 +297,17 @@ def _open(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 # Headers
 
-_PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")  # others may start programs, as EPS does
-
 
 def _open_with_pillow(file: BinaryIO) -> Image.Image:
     """An image of plausible size, not decoded yet. Raises UnidentifiedImageError where Pillow doesn't know it."""
     file.seek(0)
     try:
-        image = Image.open(file, formats=_PILLOW_FORMATS)
+        image = Image.open(file, formats=metadata.FORMATS)
     except Image.DecompressionBombError as error:  # beyond Pillow's own limit
         raise _RefusedError(f"more than {MAX_PIXELS:,} pixels; cut it into parts ({error})") from None
     kind = image.format or ""
     if isinstance(image, TiffImagePlugin.TiffImageFile):
+        _refuse_raw(file, image.tag_v2.get(254, 0), 50706 in image.tag_v2)
         kind += f" {image.tag_v2.get(259, 1)}"
     elif kind == "BMP":
         kind += f" {image.info.get('compression', 0)}"
@@ -271,8 +322,16 @@ def _open_with_tifffile(file: BinaryIO) -> tifffile.TiffPage:
         raise UnidentifiedImageError
     file.seek(0)
     page = tifffile.TiffFile(file).pages.first
+    _refuse_raw(file, _tag(page, 254) or 0, 50706 in page.tags)
     _check_size(file, page.imagewidth, page.imagelength, f"TIFF {int(page.compression)}")
     return page
+
+
+def _refuse_raw(file: BinaryIO, subfile: int, is_dng: bool) -> None:
+    """Refuse what cameras store raw: TIFF files whose first image is a preview."""
+    file.seek(8)
+    if is_dng or int(subfile) & 1 or file.read(2) == b"CR":  # NewSubfileType's bit for reduced images; Canon's CR2
+        raise _RefusedError("is a raw photograph, whose first image is a preview; develop it to TIFF or PNG with your camera's program")
 
 
 def _tag(page: tifffile.TiffPage, number: int) -> Any:
@@ -367,15 +426,21 @@ def _to_array(image: Image.Image, mode: str) -> NDArray[np.uint8]:
 def _to_photo(image: Image.Image, file: BinaryIO) -> Photo:
     profile, alpha = image.info.get("icc_profile"), None
     frames = getattr(_open_with_pillow(file), "n_frames", 1)  # opened again, as counting moves to other frames
-    notes = _note_on_frames(frames if image.format != "MPO" else 1)  # MPO: a camera's JPEG with its previews
-    if image.mode == "RGBX":
+    if image.format == "MPO":
+        notes: tuple[str, ...] = ("its further images (previews, depth, HDR gain map) were left out",)
+    else:
+        notes = _note_on_frames(frames)
+    if image.format in ("AVIF", "HEIF"):
+        notes += (f"{image.format} is read with 8 bits a channel; HDR is not kept",)
+    further = len(image.getbands()) - (image.mode == "RGBX")
+    if image.mode == "RGBX" or (isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(277, 1) > further):
         notes += (_UNKNOWN_CHANNEL,)
     if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
         alpha = _to_array(image, "A")
     dpi, gray = _plausible_dpi(image.info.get("dpi")), image.mode in ("1", "L", "LA", "La")
     if image.mode in ("CMYK", "LAB", "YCbCr"):
         image, profile = _to_srgb(image, profile), None
-    return Photo(_to_array(image, "RGB"), alpha, gray, profile, dpi, notes)
+    return Photo(_to_array(image, "RGB"), alpha, gray, profile, dpi, notes=notes)
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
@@ -393,7 +458,7 @@ def _note_on_frames(count: int) -> tuple[str, ...]:
     return (f"it holds {count} pages or frames, of which only the first is taken",) if count > 1 else ()
 
 
-_UNKNOWN_CHANNEL = "it has a further channel, which is not said to be alpha and was left out"
+_UNKNOWN_CHANNEL = "it has further channels, which are not said to be alpha and were left out"
 
 
 def _plausible_dpi(dpi: Any) -> tuple[float, float] | None:
@@ -415,28 +480,17 @@ def _split(values: NDArray) -> Photo:
 def _decode_deep_png(file: BinaryIO, image: Image.Image) -> Photo:
     """All bits of a PNG, of which Pillow has read the rest."""
     file.seek(0)
-    data = file.read()
-    values = _decode_with_opencv(_without_metadata(data), image.size)
-    if data[25] == 4:  # the header's colour type: gray and alpha, which OpenCV makes BGRA
+    header = file.read(_PNG_HEADER)
+    pixels = b"".join(metadata.png_chunk(*chunk) for chunk in metadata.png_chunks(file, (b"IDAT",)))
+    # alone, as OpenCV takes the memory that any other chunk's length asks for
+    values = _decode_with_opencv(header + pixels + metadata.png_chunk(b"IEND", b""), image.size)
+    if header[25] == 4:  # the header's colour type: gray and alpha, which OpenCV makes BGRA
         values = values[:, :, 2:]
     photo = _split(values)
     if "transparency" in image.info:
         transparent = (photo.pixels == np.asarray(image.info["transparency"])).all(2)
         photo = replace(photo, alpha=np.where(transparent, 0, 65535).astype(np.uint16))
     return replace(photo, icc_profile=image.info.get("icc_profile"), dpi=_plausible_dpi(image.info.get("dpi")))
-
-
-def _without_metadata(png: bytes) -> bytes:
-    """Header and pixels of a PNG alone, as OpenCV takes the memory that any chunk's length asks for."""
-    parts, start = [png[:8]], 8
-    while start + 12 <= len(png):
-        end = start + 12 + int.from_bytes(png[start : start + 4], "big")
-        if end > len(png):
-            break
-        if png[start + 4 : start + 8] in (b"IHDR", b"IDAT"):
-            parts.append(png[start:end])
-        start = end
-    return b"".join([*parts, _png_chunk(b"IEND", b"")])
 
 
 def _decode_with_opencv(data: bytes, size: tuple[int, int], dtype: Any = np.uint16) -> NDArray:
@@ -486,7 +540,9 @@ _TIFF_KINDS = (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.MINISWHITE,
 
 def _encode_with_pillow(values: NDArray, photo: Photo, kind: str, quality: int) -> bytes:
     image = Image.fromarray(np.ascontiguousarray(values[:, :, 0] if values.shape[2] == 1 else values))  # L, LA, RGB or RGBA
-    options: dict[str, Any] = {"icc_profile": photo.icc_profile} if photo.icc_profile and _holds_profile(photo, kind) else {}
+    options = photo.metadata.for_pillow(kind, photo.pixels.shape[:2])
+    if photo.icc_profile and _holds_profile(photo, kind):
+        options["icc_profile"] = photo.icc_profile
     if photo.dpi and kind != "WEBP":
         options["dpi"] = photo.dpi
     if kind == "JPEG":
@@ -501,6 +557,7 @@ def _encode_with_pillow(values: NDArray, photo: Photo, kind: str, quality: int) 
 
 def _encode_tiff(values: NDArray, photo: Photo) -> bytes:
     encoded = io.BytesIO()
+    profile = [(34675, 7, len(photo.icc_profile), photo.icc_profile, True)] if photo.icc_profile else []  # ICC's tag
     tifffile.imwrite(
         encoded,
         values[:, :, 0] if values.shape[2] == 1 else values,
@@ -508,7 +565,7 @@ def _encode_tiff(values: NDArray, photo: Photo) -> bytes:
         planarconfig="contig" if values.shape[2] > 1 else None,
         extrasamples=["unassalpha"] if photo.alpha is not None else None,
         compression="zlib",
-        extratags=[(34675, 7, len(photo.icc_profile), photo.icc_profile, True)] if photo.icc_profile else [],  # ICC's tag
+        extratags=[*profile, *photo.metadata.tiff_tags()],
         resolution=photo.dpi,
         resolutionunit="INCH" if photo.dpi else None,
         metadata=None,
@@ -530,8 +587,4 @@ def _encode_deep_png(values: NDArray, photo: Photo) -> bytes:
     if photo.dpi:
         chunks.append((b"pHYs", struct.pack(">IIB", *(round(value / 0.0254) for value in photo.dpi), 1)))  # pixels a metre
     chunks += [(b"IDAT", zlib.compress(filtered.data, 6)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(_png_chunk(name, data) for name, data in chunks)
-
-
-def _png_chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(metadata.png_chunk(name, data) for name, data in chunks)

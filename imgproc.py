@@ -152,6 +152,24 @@ def _blur(gt: RGB, upscale_factor: int, sigma: float = 1.6) -> RGB:
     return np.floor(blurred + 0.5).astype(np.uint8)
 
 
+# Transparency
+
+
+def spread_colours(image: NDArray, hidden: NDArray[np.bool_]) -> NDArray:
+    """The image with hidden pixels in the colour of the nearest visible one, so that filters bring no hidden colour to an edge.
+
+    Args:
+        image: uint8 or uint16, (H, W, 3).
+        hidden: (H, W); where all pixels are hidden, nothing changes.
+    """
+    if not hidden.any() or hidden.all():
+        return image
+    _, labels = cv2.distanceTransformWithLabels(hidden.astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
+    colours = np.empty((labels.max() + 1, 3), image.dtype)  # by label: each visible pixel has one, hidden ones that of the nearest
+    colours[labels[~hidden]] = image[~hidden]
+    return colours[labels]
+
+
 # Crops, flips and rotations
 
 
@@ -220,6 +238,12 @@ def ssim(sr: RGB, gt: RGB, border: int, only_y_channel: bool = True) -> float:
     similarity = (2 * sr_mean * gt_mean + c1) * (2 * covariance + c2)
     similarity /= (sr_mean**2 + gt_mean**2 + c1) * (sr_variance + gt_variance + c2)
     return float(similarity.mean())
+
+
+def is_flat(gt: RGB, border: int) -> bool:
+    """Whether all of an image within its border is of one Y, so that its PSNR says little about a method."""
+    values = rgb_to_y(gt[border : gt.shape[0] - border, border : gt.shape[1] - border])
+    return bool(values.max() - values.min() < 1e-9)
 
 
 def _window_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:

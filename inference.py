@@ -1,13 +1,14 @@
 """Upscale your own images; no GT images are needed:
 
-python inference.py --model_path results/rcan_x4/best.pth.tar --input photo.jpg --output upscaled
-python inference.py --input photos --output upscaled                # the light network of this repository
-python inference.py --input photos --output upscaled --outscale 2.5 --output_format same
+python inference.py --input photo.jpg --output large.png            # the light network of this repository
+python inference.py --input photos --output upscaled                # a folder
+python inference.py --input photos --output upscaled --outscale 2.5 --output_format same --existing skip
+python inference.py --model_path results/rcan_x4/best.pth.tar --input photos --output upscaled
 """
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -23,7 +24,7 @@ import utils
 import weights
 from config import released_weights
 from files import check_folder, explain
-from image_files import FORMATS, Photo, check_writable, read_photo, write_photo
+from image_files import FORMATS, IMAGE_SUFFIXES, Photo, check_writable, list_images, read_photo, write_photo
 from runtime import run_script, start_runtime
 from upscaling import upscale
 
@@ -31,9 +32,10 @@ from upscaling import upscale
 @dataclass(frozen=True, kw_only=True)
 class InferenceConfig:
     input: str  # read this image, or every image in this folder and the folders in it
-    output: str = "results/inference"  # write the upscaled images into this folder, under their names and folders
+    output: str = "results/inference"  # write into this folder, under the inputs' names and folders; for one image also a file's path
+    existing: Literal["refuse", "skip", "overwrite"] = "refuse"  # where a result is already there: stop, leave it, or replace it
     model_path: str = ""  # load weights of any known layout; empty: this repository's light network
-    upscale_factor: Literal[2, 3, 4, 8] = 4  # choose the light network by its scale; unused with model_path
+    upscale_factor: Literal[2, 3, 4, 8] | None = None  # of the light network, None: 4; with model_path it must be that of the file
     outscale: float | None = None  # multiply the input's size by this, adjusting by bicubic; None: the network's scale
     output_format: Literal["png", "same", "jpg", "webp", "tif", "bmp"] = "png"  # write this format; same: each input's own
     quality: int = 95  # compress JPEG and WebP to this quality, 1 to 100; at 100, WebP is lossless
@@ -54,12 +56,25 @@ class InferenceConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Upscale a file or a folder, print every written path, and list what failed."""
     config = tyro.cli(InferenceConfig, args=argv, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
-    inputs = find_inputs(Path(config.input), Path(config.output))
-    targets = plan_outputs(inputs, Path(config.input), Path(config.output), config.output_format)
-    check_folder(Path(config.output))
-    runtime = start_runtime()
-    path = Path(config.model_path) if config.model_path else released_weights(config.upscale_factor)
-    network = weights.load(path).to(runtime.device)
+    source, output = Path(config.input), Path(config.output)
+    inputs = find_inputs(source, output)
+    targets = plan_outputs(inputs, source, output, config.output_format)
+    if source.is_dir() and (others := image_files.passed_over(source, nested=True)):
+        print(others)
+    inputs = keep_existing(targets, config.existing)
+    if not inputs:
+        return
+    for folder in {path.parent for path in targets.values()}:
+        check_folder(folder)
+    runtime = start_runtime(alone=True)
+    path = Path(config.model_path) if config.model_path else released_weights(config.upscale_factor or 4)
+    network = weights.load(path)
+    if config.upscale_factor not in (None, network.upscale_factor):
+        raise ValueError(
+            f"upscale_factor={config.upscale_factor}, but {path} enlarges {network.upscale_factor} times: leave upscale_factor out, choose "
+            "other weights, or set --outscale for another size of the results"
+        )
+    network = network.to(runtime.device)
     print(weights.describe(network))
     if config.tile:
         print(f"tiles of {config.tile} pixels: the network's attention averages over a tile, so results differ from those of whole images")
@@ -95,33 +110,36 @@ def find_inputs(path: Path, output: Path) -> list[Path]:
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file or folder; give an image or a folder of images with --input")
     results = output.resolve() if output.resolve() != path.resolve() else None
-    found = []
-    for folder in [path, *sorted(folder for folder in path.rglob("*") if folder.is_dir())]:
-        is_hidden = any(part.startswith(".") for part in folder.relative_to(path).parts)
-        if not is_hidden and (results is None or not folder.resolve().is_relative_to(results)):
-            found += image_files.list_images(folder)
+    found = [file for file in list_images(path, nested=True) if results is None or not file.parent.resolve().is_relative_to(results)]
     if not found:
-        raise FileNotFoundError(f"{path.absolute()}: no image in it; known endings are {', '.join(image_files.IMAGE_SUFFIXES)}")
+        raise FileNotFoundError(f"{path.absolute()}: no image in it; known endings are {', '.join(IMAGE_SUFFIXES)}")
     return found
 
 
 def plan_outputs(inputs: Sequence[Path], root: Path, folder: Path, output_format: str) -> dict[Path, Path]:
-    """The path of each result: the name and folder of its input. Inputs that would share a path keep their endings in the name.
+    """The path of each result: the name and folder of its input, or `folder` itself if it is the path of an image, for one input.
+
+    Inputs that would share a path keep their endings in the name. With "same", formats that aren't written become PNG.
 
     Raises:
         ValueError: a result would overwrite an input or another result, or its format can't be written.
     """
-    unknown = [file for file in inputs if file.suffix.lower() not in FORMATS] if output_format == "same" else []
-    if unknown:
-        raise ValueError(f"{unknown[0]}: can't be written in its own format; choose --output_format png, jpg, webp, tif or bmp")
 
     def target(file: Path, name: str) -> Path:
         nested = file.parent.relative_to(root) if root.is_dir() else Path()
-        return folder / nested / f"{name}{file.suffix.lower() if output_format == 'same' else f'.{output_format}'}"
+        own = file.suffix.lower() if file.suffix.lower() in FORMATS else ".png"
+        return folder / nested / f"{name}{own if output_format == 'same' else f'.{output_format}'}"
 
-    shared = Counter(str(target(file, file.stem)).lower() for file in inputs)  # some systems don't tell A from a
-    targets = {file: target(file, file.stem) for file in inputs}
-    targets = {file: target(file, file.name) if shared[str(path).lower()] > 1 else path for file, path in targets.items()}
+    if folder.suffix.lower() in IMAGE_SUFFIXES and not folder.is_dir():
+        if root.is_dir():
+            raise ValueError(f"output={str(folder)!r} is the name of one image, but {root} is a folder: give a folder with --output")
+        if folder.suffix.lower() not in FORMATS:
+            raise ValueError(f"output={str(folder)!r}: {folder.suffix} can't be written; choose {', '.join(FORMATS)}")
+        targets = {inputs[0]: folder}
+    else:
+        shared = Counter(str(target(file, file.stem)).lower() for file in inputs)  # some systems don't tell A from a
+        targets = {file: target(file, file.stem) for file in inputs}
+        targets = {file: target(file, file.name) if shared[str(path).lower()] > 1 else path for file, path in targets.items()}
     taken: dict[str, Path] = {}
     for file, path in targets.items():
         other = taken.setdefault(str(path).lower(), file)
@@ -132,6 +150,24 @@ def plan_outputs(inputs: Sequence[Path], root: Path, folder: Path, output_format
         if path.resolve() in resolved:
             raise ValueError(f"{path}: would be overwritten by the upscaled {file.name}: choose another --output")
     return targets
+
+
+def keep_existing(targets: Mapping[Path, Path], existing: str) -> list[Path]:
+    """The inputs to upscale: all, or with "skip" those without a result.
+
+    Raises:
+        ValueError: a result is already there, and `existing` is "refuse".
+    """
+    present = [path for path in targets.values() if path.exists()]
+    if present and existing == "refuse":
+        raise ValueError(
+            f"{present[0]}: is already there, as are {len(present)} of {len(targets)} results; set --existing skip to keep them, "
+            "--existing overwrite to replace them, or another --output"
+        )
+    if present and existing == "skip":
+        print(f"skipped {len(present)} of {len(targets)} images, whose results are already there")
+        return [file for file, path in targets.items() if not path.exists()]
+    return list(targets)
 
 
 # Pixels
@@ -159,7 +195,8 @@ def upscale_file(file: Path, target: Path, enlarge: Callable[[NDArray], NDArray]
 
 def enlarge_photo(photo: Photo, enlarge: Callable[[NDArray], NDArray], size: tuple[int, int]) -> Photo:
     """Enlarge pixels and alpha by the network, then bicubically to (height, width) where the network gives another size."""
-    pixels = _to_size(enlarge(photo.pixels), size)
+    hidden = np.zeros(photo.pixels.shape[:2], bool) if photo.alpha is None else photo.alpha == 0
+    pixels = _to_size(enlarge(imgproc.spread_colours(photo.pixels, hidden)), size)
     if photo.gray:
         pixels = np.repeat(_mean(pixels)[:, :, None], 3, 2)
     if photo.alpha is None:

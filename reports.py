@@ -1,5 +1,6 @@
 """What a run reports: means since the last report, the run log, sample images, provenance, tables."""
 
+import contextlib
 import json
 import math
 import os
@@ -80,7 +81,10 @@ class Meter:
 
     def take(self) -> tuple[dict[str, float | None], dict[int, list[str]]]:
         """The mean of each term over accepted updates and all processes; and, by skipped update, the terms that were not finite."""
-        gathered = self.runtime.gather((self.updates, torch.stack(self.values).tolist()))
+        start = time.perf_counter()
+        values = torch.stack(self.values).tolist()
+        self.passed += time.perf_counter() - start  # on a GPU, this waits for what the updates have only launched
+        gathered = self.runtime.gather((self.updates, values))
         rows = [(update, dict(zip(self.names, row, strict=True))) for updates, part in gathered
                 for update, row in zip(updates, part, strict=True)]  # fmt: skip
         kept = [row for _, row in rows if not row[SKIPPED]]
@@ -131,7 +135,7 @@ class RunLog:
         if not self.enabled:
             return
         try:
-            self._file.write(json.dumps({"update": update, **values}) + "\n")
+            self._file.write(to_json({"update": update, **values}) + "\n")
             self._file.flush()
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from error  # a failing write does not name its file
@@ -167,7 +171,8 @@ class RunLog:
 
     def say(self, text: str) -> None:
         if self.enabled:
-            self._bar.write(text)
+            with contextlib.suppress(BrokenPipeError):  # whoever read the output has ended; the run goes on
+                self._bar.write(text)
 
     def close(self) -> None:
         if self.enabled:
@@ -218,6 +223,19 @@ class SampleSheet:
         """The sheet with the rows of all processes; None without images."""
         rows = {name: row for part in runtime.gather(self.rows) for name, row in part.items()}
         return np.concatenate([rows[name] for name in sorted(rows)]) if rows else None
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """As JSON, which has no infinity and no NaN: they become null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: finite(member) for name, member in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(member) for member in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
 @cache  # a process keeps the answer of its start, even if the folder changes meanwhile

@@ -1,9 +1,12 @@
 """How scripts start and end: errors in a sentence, signals, devices, the process group, agreement between ranks."""
 
 import contextlib
+import importlib.util
 import inspect
 import os
+import shutil
 import signal
+import stat
 import sys
 import time
 import traceback
@@ -32,10 +35,10 @@ STOPPED = 75  # exit code of a training that was asked to stop and has saved its
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Call a script's main. A user's mistake ends in one sentence and exit code 1, a mistake of ours in a traceback.
+    """Call a script's main. A mistake of the user prints one sentence and exits with 1; a mistake of ours shows a traceback.
 
-    `--debug` on the command line shows the traceback of every mistake. SIGTERM and SIGUSR1 end a script as Ctrl-C does, and nothing
-    is left half-written; a training saves itself first (`StopRequest`).
+    `--debug` on the command line shows the traceback of every mistake. SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 end a script as
+    Ctrl-C does, and nothing is left half-written; a training saves itself first (`StopRequest`).
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -44,17 +47,23 @@ def run_script(main: Callable[[], None]) -> None:
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
 
     def terminate(number: int, _frame: object) -> None:
+        _leave_terminal(number)
         sys.exit(128 + number)
 
     together = False  # whether all processes end for the same reason
     try:
-        with _signals(terminate, "SIGTERM", "SIGUSR1"):
+        with _signals(terminate, "SIGTERM", "SIGHUP", "SIGUSR1"):
             main()
+            sys.stdout.flush()
         together = True
     except SystemExit as end:
         together = end.code == STOPPED
         raise
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if isinstance(error, OSError) and (stream := _broken_output()):
+            if isinstance(error, BrokenPipeError):  # its reader has ended, as `head` does
+                sys.exit(128 + 13)  # as the system ends others by SIGPIPE
+            error = OSError(error.errno, error.strerror, stream)
         sentence = None if debug else _sentence(error)
         if sentence is None:
             raise
@@ -70,6 +79,26 @@ def run_script(main: Callable[[], None]) -> None:
             torch.distributed.destroy_process_group()
 
 
+def _leave_terminal(number: int) -> None:
+    """After SIGHUP, writing to the closed terminal would fail, so its output goes nowhere."""
+    if number == getattr(signal, "SIGHUP", None):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(nowhere, descriptor)
+
+
+def _broken_output() -> str:
+    """The name of the standard stream that can't be written any more, whose buffered rest is dropped then, or an empty text."""
+    for name, stream in (("standard output", sys.stdout), ("standard error", sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            return name
+    return ""
+
+
 def _sentence(error: Exception) -> str | None:
     """The sentence for the user, or None for a mistake of ours."""
     innermost = traceback.extract_tb(error.__traceback__)[-1]
@@ -80,20 +109,31 @@ def _sentence(error: Exception) -> str | None:
         return files.explain(error)
     if isinstance(error, ValueError) and ours and (innermost.line or "").startswith("raise "):
         return str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        what = str(error).split(". ")[0] or "out of memory"
+    if is_out_of_memory(error):
+        what = str(error).split(". ")[0].splitlines()[0] if str(error) else "out of memory"
         return f"{what}: {_LESS}"
     return next((sentence for part, sentence in _KNOWN.items() if isinstance(error, RuntimeError) and part in str(error)), None)
 
 
+STUCK = (
+    "this process was asked to stop while it waited for its data, and the others wait for it, so nothing is saved now; run the same "
+    "command again to resume from the last checkpoint"
+)
 _PEER = "another process of this run has ended and says why itself; run the same command again to resume from the last checkpoint"
 _LESS = "in training, lower batch_size or lr_patch_size, raise accumulation_steps, or set activation_checkpointing=True"
 _WORKER = (
     "a worker process that cuts batches has ended, perhaps for lack of memory: lower num_workers, and run the same command again to "
     "resume from the last checkpoint"
 )
+_COMPILER = "torch.compile needs a compiler (g++ or clang++; Triton with a GPU), and none works here: install one, or set compile=False"
 _KNOWN = {  # parts of PyTorch's messages about mistakes that are not ours
-    "can't allocate memory": f"there is too little memory: {_LESS}",
+    STUCK: STUCK,
+    "no kernel image is available": "this PyTorch isn't built for this GPU: install one that is, or set CUDA_VISIBLE_DEVICES= for the CPU",
+    "No working C++ compiler found": _COMPILER,
+    "InvalidCxxCompiler": _COMPILER,
+    "Failed to find C compiler": _COMPILER,
+    "Cannot find a working triton": _COMPILER,
+    "NCCL error": f"the connection between GPUs failed (NCCL_DEBUG=INFO shows why); {_PEER}",
     "DataLoader worker (pid": _WORKER,
     "Connection closed by peer": _PEER,
     "Connection reset by peer": _PEER,
@@ -101,10 +141,22 @@ _KNOWN = {  # parts of PyTorch's messages about mistakes that are not ours
 }
 
 
+# Parts of what the CPU's allocator, CUDA, cuBLAS and cuDNN say; cuDNN's plans that lack memory fail with the last two
+_NO_MEMORY = ("allocate memory", "out of memory", "alloc_failed", "device_allocation_failed", "unable to find an engine")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the memory of the CPU or the GPU is too small."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error).lower() for part in _NO_MEMORY)
+
+
 @contextlib.contextmanager
 def _signals(handler: Callable[[int, Any], None], *names: str) -> Iterator[None]:
-    """Send signals, by name, to a handler; in the main thread only, and only those that the system has."""
+    """Send signals, by name, to a handler; in the main thread only, and only those that the system has, but SIGHUP not under nohup."""
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    numbers = [each for each in numbers if not (each == getattr(signal, "SIGHUP", None) and signal.getsignal(each) is signal.SIG_IGN)]
     before: dict[int, Any] = {}
     try:
         with contextlib.suppress(ValueError):  # not the main thread
@@ -115,8 +167,12 @@ def _signals(handler: Callable[[int, Any], None], *names: str) -> Iterator[None]
             signal.signal(number, previous)
 
 
+class Interrupted(Exception):
+    """A stop request has ended work whose result is not needed."""
+
+
 class StopRequest:
-    """Becomes true at Ctrl-C, SIGTERM or SIGUSR1; the run then saves itself. Another signal ends it at once.
+    """Becomes true at Ctrl-C, SIGTERM, SIGHUP or SIGUSR1; the run then saves itself. Another signal ends it at once.
 
     Signals within a second of the first count as the same request, since torchrun and terminals send them twice. Python delivers
     signals to the main thread only; in other threads the request stays false.
@@ -126,10 +182,11 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested: float | None = None
+        self._interrupts = False
 
     def __enter__(self) -> "StopRequest":
         self._handling = contextlib.ExitStack()
-        self._handling.enter_context(_signals(self._request, "SIGINT", "SIGTERM", "SIGUSR1"))
+        self._handling.enter_context(_signals(self._request, "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -138,9 +195,23 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.requested is not None
 
-    def _request(self, _number: int, _frame: object) -> None:
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Work that may be dropped: a request made before or during it raises `Interrupted`."""
+        self._interrupts = True
+        try:
+            if self:
+                raise Interrupted
+            yield
+        finally:
+            self._interrupts = False
+
+    def _request(self, number: int, _frame: object) -> None:
+        _leave_terminal(number)
         if self.requested is None:
             self.requested = time.monotonic()
+            if self._interrupts:
+                raise Interrupted
         elif time.monotonic() - self.requested > self.SAME:
             raise KeyboardInterrupt
 
@@ -159,6 +230,7 @@ class Runtime:
     world_size: int = 1
     control: Any = None
     local_rank: int = 0  # on this machine
+    local_world_size: int = 1  # processes on this machine
 
     @property
     def is_main(self) -> bool:
@@ -171,15 +243,13 @@ class Runtime:
 
     def wait_for_all(self) -> None:
         if self.world_size > 1:
-            waiting = torch.distributed.barrier(self.control, async_op=True)
-            while not waiting.is_completed():  # polled, as a signal could not end a blocking wait
-                time.sleep(0.005)
-            waiting.wait()  # raises what went wrong
+            _finish(torch.distributed.barrier(self.control, async_op=True))
 
     def gather(self, value: Any) -> list[Any]:
         """The value of each process, in all of them."""
         values = [value] * self.world_size
         if self.world_size > 1:
+            self.wait_for_all()  # which signals can end, unlike the next line, which then doesn't wait
             torch.distributed.all_gather_object(values, value, self.control)
         return values
 
@@ -215,13 +285,20 @@ def parallel(network: nn.Module, runtime: Runtime) -> nn.Module:
         return network
     known = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name before PyTorch 2.15
-    options: dict[str, Any] = {sync: False}  # buffers are constants
+    options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}  # buffers are constants; gradients need no second copy
     return DistributedDataParallel(network, [runtime.device] if runtime.device.type == "cuda" else None, **options)
 
 
 def synchronised(network: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
     """Processes exchange gradients in the last part of an update only."""
     return network.no_sync() if isinstance(network, DistributedDataParallel) and not last else contextlib.nullcontext()
+
+
+def _finish(work: Any) -> None:
+    """Wait for the other processes; polled, as no signal could end a blocking wait."""
+    while not work.is_completed():
+        time.sleep(0.001)
+    work.wait()  # raises what went wrong
 
 
 class Poll:
@@ -248,7 +325,7 @@ class Poll:
         if self._asked is None:
             return []
         work, votes = self._asked
-        work.wait()
+        _finish(work)
         self._asked = None
         return [bool(vote) for vote in votes]
 
@@ -258,21 +335,33 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def start_runtime() -> Runtime:
-    """The device and process group of this process: torchrun's environment decides, else the first GPU, else the CPU."""
-    local_rank, rank, world_size = (int(os.environ.get(name, alone)) for name, alone in (("LOCAL_RANK", 0), ("RANK", 0), ("WORLD_SIZE", 1)))
+def start_runtime(alone: bool = False) -> Runtime:
+    """The device and process group of this process: torchrun's environment decides, else the first GPU, else the CPU.
+
+    Args:
+        alone: the script works in one process only.
+
+    Raises:
+        ValueError: torchrun's environment is incomplete, or the GPU can't be used.
+    """
+    rank, world_size, local_rank, local_world_size = _read_environment()
+    if alone and world_size > 1:
+        raise ValueError(f"WORLD_SIZE={world_size}, but this script works in one process: start it without torchrun, or unset WORLD_SIZE")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         torch.backends.cudnn.deterministic = True  # a resumed run replays bit for bit
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32; bf16 is there for speed
+        try_device(device)
     else:
         device = torch.device("cpu")
+        if rank == 0 and (unused := unused_gpu()):
+            print(f"warning: {unused}", file=sys.stderr)
     control = None
     if world_size > 1:
         if not torch.distributed.is_initialized():
             cards = torch.cuda.device_count()  # NCCL refuses two processes on one card
-            fast = torch.distributed.is_nccl_available() and int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) <= cards
+            fast = torch.distributed.is_nccl_available() and local_world_size <= cards
             torch.distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if fast else "gloo",
                 store=_fresh_store(rank, world_size),
@@ -280,9 +369,62 @@ def start_runtime() -> Runtime:
                 world_size=world_size,
                 timeout=_TIMEOUT,
             )
-        patience = timedelta(hours=2)  # the others wait while the main process decodes the training images
-        control = torch.distributed.new_group(backend="gloo", timeout=patience)
-    return Runtime(device, rank, world_size, control, local_rank)
+        longest = timedelta(hours=2)  # the others wait while the main process decodes the training images
+        control = torch.distributed.new_group(backend="gloo", timeout=longest)
+    return Runtime(device, rank, world_size, control, local_rank, local_world_size)
+
+
+def _read_environment() -> tuple[int, int, int, int]:
+    """Rank, number of processes, and both on this machine, as torchrun sets them; alone where it sets none."""
+    values = dict[str, int]()
+    for name, alone in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", None)):
+        text = os.environ.get(name)
+        if text is not None and not text.isdecimal():
+            raise ValueError(f"the environment variable {name}={text!r} must be a number: unset it, or start with torchrun, which sets it")
+        values[name] = int(text) if text is not None else values["WORLD_SIZE"] if alone is None else alone
+    rank, world_size = values["RANK"], values["WORLD_SIZE"]
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if world_size > 1 and name not in os.environ]
+    if missing or rank >= world_size:
+        what = f"{' and '.join(missing)} missing" if missing else f"RANK={rank}"
+        raise ValueError(f"WORLD_SIZE={world_size} with {what} is not a start by torchrun: use torchrun, or unset WORLD_SIZE and RANK")
+    return rank, world_size, values["LOCAL_RANK"], values["LOCAL_WORLD_SIZE"]
+
+
+def try_device(device: torch.device) -> None:
+    """Run a small convolution, as a GPU that this PyTorch isn't built for is reported as available.
+
+    Raises:
+        ValueError: it fails.
+    """
+    try:
+        nn.functional.conv2d(torch.ones(1, 3, 8, 8, device=device), torch.ones(4, 3, 3, 3, device=device)).sum().item()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{device}: can't be used by this PyTorch {torch.__version__} ({reason}): install one that is built for it "
+            "(pytorch.org has the commands), free its memory, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+        ) from None
+
+
+def unused_gpu() -> str:
+    """A sentence on a GPU that PyTorch doesn't use, or an empty one."""
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return ""
+    if shutil.which("nvidia-smi"):
+        built = "was built without CUDA" if torch.version.cuda is None else f"needs a driver for CUDA {torch.version.cuda}"
+        return f"there is nvidia-smi, but PyTorch {torch.__version__} {built}, so the CPU is used; pytorch.org helps to install another"
+    if torch.backends.mps.is_available():
+        return "Apple's GPU (MPS) is not used, as nothing here was tested on it; the CPU is used"
+    return ""
+
+
+def missing_compiler(device: torch.device) -> str:
+    """A sentence on what torch.compile lacks here, or an empty one."""
+    if device.type == "cuda":
+        found = importlib.util.find_spec("triton") and any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang")))
+    else:
+        found = any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")))
+    return "" if found else f"compile=True: {_COMPILER}"
 
 
 _TIMEOUT = timedelta(minutes=10)  # of messages between processes at every update

@@ -12,7 +12,6 @@ import re
 import shutil
 import zlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,8 @@ from tqdm import tqdm
 import files
 import image_files
 import imgproc
-from dataset import Pair, Size, gt_sizes, make_lr
+from dataset import Pair, Size, gt_sizes, in_parallel, make_lr
 from imgproc import RGB
-from runtime import cores
 
 
 class PairStore:
@@ -50,6 +48,12 @@ class PairStore:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
+
+    @property
+    def content(self) -> str:
+        """A checksum of all names and pixels."""
+        checksums = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))["checksums"]
+        return f"{zlib.crc32(repr((self.names, checksums)).encode()):08x}"
 
     def gt(self, index: int) -> RGB:
         return self._view("gt.bin", self.gt_sizes, index)
@@ -185,12 +189,7 @@ def _decode_all(store: PairStore, pairs: Sequence[Pair], folder: Path, degradati
             maps[file][start:end] = image.reshape(-1)
         return _checksum(gt, lr)
 
-    with ThreadPoolExecutor(cores()) as pool:
-        try:
-            checksums = list(tqdm(pool.map(decode, range(len(pairs))), "decoding once", len(pairs), unit="image", disable=not progress))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    checksums = in_parallel(decode, range(len(pairs)), "decoding once" if progress else "")
     for written in maps.values():
         written.flush()
     return checksums

@@ -9,7 +9,6 @@ A run writes to results/<exp_name>: last.pth.tar, best.pth.tar, config.json, log
 """
 
 import contextlib
-import json
 import math
 import sys
 import time
@@ -31,8 +30,20 @@ import model
 import utils
 import weights
 from config import Config, parse
-from reports import SKIPPED, Meter, RunLog, SampleSheet, provenance
-from runtime import STOPPED, Poll, Runtime, StopRequest, parallel, run_script, start_runtime, synchronised
+from reports import SKIPPED, Meter, RunLog, SampleSheet, provenance, to_json
+from runtime import (
+    STOPPED,
+    STUCK,
+    Interrupted,
+    Poll,
+    Runtime,
+    StopRequest,
+    missing_compiler,
+    parallel,
+    run_script,
+    start_runtime,
+    synchronised,
+)  # fmt: skip
 from store import PairStore
 from upscaling import upscale
 
@@ -74,7 +85,7 @@ class PixelStep:
         self.generator = build_generator(config).to(runtime.device)
         self.forward = parallel(self.generator, runtime)
         self.criterion: nn.Module = losses.L1Loss()
-        self.optimizer, self.scheduler = build_optimizer(self.generator, config, config.learning_rate)
+        self.optimizer, self.scheduler = utils.build_optimizer(self.generator, config, config.learning_rate)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=precision == "fp16")
         self.guard = utils.UpdateGuard(config.skip_threshold, runtime.world_size).to(runtime.device)
 
@@ -145,12 +156,15 @@ class Run:
     precision: str
     validation: Mapping[str, dataset.EvaluationSet]
     batches: dataset.TrainBatches
+    degradation: str  # that the weights are trained for; `dataset.AS_GIVEN` where LR images on disk are no known one
     progress: checkpoints.Progress = field(default_factory=checkpoints.Progress)
     saved: int | None = None  # the update after which last.pth.tar was written
     warned: bool = False  # of slow data
 
     def __post_init__(self) -> None:
         self.ema = utils.EMA(self.step.generator, self.config.ema_decay)
+        first = next(iter(self.validation.values()), None)
+        self.validated = self.runtime.gather(first.content() if first and self.runtime.is_main else "")[0]
         self.meter = Meter(self.runtime)
         self.saved_at = time.monotonic()
 
@@ -161,18 +175,22 @@ class Run:
             self.runtime.say(f"already finished at update {first}; raise epochs (schedule='step'), or set another exp_name to start anew")
             return True
         if self.runtime.is_main:
-            files.remove_leftovers(config.experiment_dir)
-            settings = json.dumps({**asdict(config), "provenance": provenance()}, indent=2)
+            for folder in (config.experiment_dir, config.experiment_dir / "samples"):
+                files.remove_leftovers(folder, nested=False)  # in others, test.py may be writing
+            settings = to_json({**asdict(config), "provenance": provenance()}, indent=2)
             files.write_text(config.experiment_dir / "config.json", settings + "\n")
-        started, poll, batches = time.perf_counter() - progress.seconds, Poll(self.runtime), self._batches()
+        started, poll = time.perf_counter() - progress.seconds, Poll(self.runtime)
         stopped = late = False
         with RunLog(config.experiment_dir, first, config.total_updates, self.runtime.is_main) as log, StopRequest() as stop:
+            batches = self._batches(stop)
             log.write(first, {"event": "start", "precision": self.precision, **provenance()})
             while True:
                 done = progress.update >= config.total_updates
                 progress.seconds = time.perf_counter() - started
                 if self._evaluation_due() and not stopped:
                     stopped = not self.evaluate(log, stop)
+                if done and self.meter.updates:
+                    self.report(log, time.perf_counter() - started)
                 if done or stopped or late or (progress.update > first and progress.update % config.save_every == 0):
                     self.step.check()
                     log.put_on_disk()
@@ -180,8 +198,18 @@ class Run:
                 if done or stopped:
                     break
                 self.meter.resume()
-                batch = self.meter.timed(lambda: next(batches))
-                terms = self.step(batch["lr"], batch["gt"])
+                try:
+                    batch = self.meter.timed(lambda: next(batches))
+                    with stop.interrupting() if self._is_as_saved(first) else contextlib.nullcontext():
+                        terms = self.step(batch["lr"], batch["gt"])
+                except Interrupted:
+                    if self.runtime.world_size > 1:
+                        raise RuntimeError(STUCK) from None
+                    if self._is_as_saved(first):
+                        self.runtime.say("stopped before the first update; there is nothing to save")
+                        return False
+                    stopped = True
+                    continue
                 self.meter.add(progress.update, terms)
                 progress.update += 1
                 self.ema.update(self.step.generator, progress.update, terms[SKIPPED])
@@ -202,6 +230,10 @@ class Run:
     def finished(self) -> bool:
         return self.progress.update >= self.config.total_updates and not self._evaluation_due()
 
+    def _is_as_saved(self, first: int) -> bool:
+        """Whether a stop would lose nothing without saving, even in the middle of an update; only where nobody waits for this process."""
+        return self.progress.update == first and self.runtime.world_size == 1
+
     def _evaluation_due(self) -> bool:
         update, last = self.progress.update, self.config.total_updates
         return (update % self.config.eval_every == 0 or update >= last) and self.progress.evaluated != update
@@ -210,13 +242,17 @@ class Run:
         minutes = self.config.save_every_minutes
         return minutes > 0 and time.monotonic() - self.saved_at > 60 * minutes
 
-    def _batches(self) -> dataset.CPUPrefetcher:
+    def _batches(self, stop: StopRequest | None = None) -> dataset.CPUPrefetcher:
+        workers, ahead, sentence = dataset.fit_workers(self.batches, self.config.num_workers, self.runtime.local_world_size)
+        if sentence:
+            self.runtime.say(f"warning: {sentence}")
         on_gpu = self.runtime.device.type == "cuda"
-        loader = dataset.load(self.batches, self.progress.update, self.config.total_updates, self.config.num_workers, pin_memory=on_gpu)
-        return dataset.prefetch(loader, self.runtime.device, self.config.channels_last)
+        loader = dataset.load(self.batches, self.progress.update, self.config.total_updates, workers, on_gpu, ahead)
+        return dataset.prefetch(loader, self.runtime.device, self.config.channels_last, stop)
 
     def rehearse(self) -> bool:
         """Try two updates in memory, and print the time and memory that the run would take."""
+        files.check_folder(self.config.experiment_dir)
         left = self.config.total_updates - self.progress.update
         batches, seconds = self._batches(), 0.0
         for _ in range(min(2, left)):  # the second one is timed, as the first pays for what is done once
@@ -267,7 +303,8 @@ class Run:
             scores |= {f"{name}/psnr": found["psnr"], f"{name}/ssim": found["ssim"]}
         progress.evaluated = progress.update
         psnr, ssim = list(scores.values())[:2] or (-math.inf, -math.inf)
-        better = {"psnr": psnr > progress.best_psnr, "ssim": ssim > progress.best_ssim, "newest": True}[config.best_metric]
+        higher = psnr > progress.best_psnr or psnr == math.inf  # infinite where no image counts
+        better = {"psnr": higher, "ssim": ssim > progress.best_ssim, "newest": True}[config.best_metric]
         if scores:
             log.write(progress.update, {"event": "evaluation", "seconds": round(progress.seconds, 1), **scores})
             text = ", ".join(f"{name} {scores[f'{name}/psnr']:.2f} dB / {scores[f'{name}/ssim']:.4f}" for name in self.validation)
@@ -295,6 +332,8 @@ class Run:
             "arguments": self.step.generator.arguments,
             "meter": self.meter.state_dict(),  # every process contributes its part
             "data": self.batches.fingerprint,
+            "degradation": self.degradation,
+            "validation": self.validated,
             "config": asdict(self.config),
             "precision": self.precision,
             "random_states": utils.random_states(),
@@ -313,7 +352,8 @@ class Run:
         parts = {**self.step.parts(), "ema_state_dict": self.ema.network, "meter": self.meter}
         checkpoints.restore(parts, checkpoint, path, self.batches.fingerprint)
         self.progress = checkpoints.Progress(**{name: checkpoint[name] for name in asdict(self.progress)})
-        if path.parent != self.config.experiment_dir:  # the best of another run is not in this folder
+        if why := self.runtime.gather(checkpoints.outdated_best(checkpoint, path, self.config.experiment_dir, self.validated))[0]:
+            self.runtime.say(f"warning: {why}: the best score up to now no longer counts, and the next one is kept as the best")
             self.progress.best_psnr = self.progress.best_ssim = -math.inf
         self.saved = self.progress.update if path == self.config.experiment_dir / checkpoints.LAST else None
         utils.restore_random_states(checkpoint["random_states"])
@@ -327,22 +367,31 @@ def prepare(config: Config, build_step: BuildStep = PixelStep, runtime: Runtime 
     found = checkpoints.find(config, say)
     where, scale, degradation = config.data_root, config.upscale_factor, config.degradation
     validation = dataset.open_test_sets(where, config.valid_sets, scale, degradation, decode=runtime.local_rank == 0)
-    for name, images in validation.items():
-        say(dataset.describe_pairs("valid", name, images.pairs))
+    if not validation:
+        say(f"warning: valid_sets is empty, so nothing is scored; {checkpoints.BEST} is only written with best_metric='newest'")
     parts = runtime.world_size * config.accumulation_steps
     if config.batch_size % parts:
         what = f"{runtime.world_size} processes times accumulation_steps={config.accumulation_steps}"
         raise ValueError(f"batch_size={config.batch_size} is not a multiple of {what}: set a multiple of {parts}")
     sets = dataset.open_training_sets(where, config.train_sets, scale, degradation)
-    for name, members in sets.items():
-        say(dataset.describe_pairs("train", name, members))
+    trained_for: str = degradation
+    for name, images in validation.items() if runtime.is_main else ():
+        say(dataset.describe_pairs("valid", name, images.pairs, dataset.check_lr(images.pairs, scale, degradation)[1]))
+    for name, members in sets.items() if runtime.is_main else ():
+        fits, found_lr = dataset.check_lr(members, scale, degradation)
+        say(dataset.describe_pairs("train", name, members, found_lr))
+        trained_for = trained_for if fits else dataset.AS_GIVEN
     pairs = [pair for members in sets.values() for pair in members]
     sizes = dataset.gt_sizes(pairs, scale)
     usable = dataset.fit_to_patch(pairs, sizes, config.gt_patch_size, config.small_images)
     if len(usable) < len(pairs):
         say(f"skipping {len(pairs) - len(usable)} of {len(pairs)} training images, smaller than a GT patch of {config.gt_patch_size}")
     utils.seed_everything(config.seed)
-    precision = found[1]["precision"] if found else utils.choose_precision(config.precision, runtime.device)
+    precision = utils.choose_precision(config.precision, runtime.device)
+    if found and found[1]["precision"] != precision:
+        say(f"precision was {found[1]['precision']} on the device before, and is {precision} from here on")
+    if config.compile and (lacking := missing_compiler(runtime.device)):
+        raise ValueError(lacking)
     scored = {name: [pair.name for pair in images.pairs] for name, images in validation.items()}
     shared = {name: value for name, value in asdict(config).items() if name not in config.OF_ONE_MACHINE}
     runtime.check_agreement({"script": type(config).__name__, "valid images": scored, "resolved precision": precision, **shared})
@@ -353,7 +402,7 @@ def prepare(config: Config, build_step: BuildStep = PixelStep, runtime: Runtime 
     store = runtime.in_turns(build)
     share = {"rank": runtime.rank, "world_size": runtime.world_size}
     batches = dataset.TrainBatches(store, config.batch_size, config.lr_patch_size, config.seed, usable=usable, **share)
-    run = Run(config, runtime, step, precision, validation, batches)
+    run = Run(config, runtime, step, precision, validation, batches, trained_for)
     if found:
         run.restore(*found)
     checksum = utils.checksum([part for part in (*step.parts().values(), run.ema.network) if isinstance(part, nn.Module)])
@@ -379,20 +428,6 @@ def build_generator(config: Config) -> model.RCAN:
         for group in network.trunk:  # regional: all groups are alike, and one compilation serves them
             group.compile()
     return network
-
-
-def build_optimizer(network: nn.Module, config: Config, learning_rate: float) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
-    """Adam, and the schedule of its learning rate by update."""
-    optimizer = torch.optim.Adam(network.parameters(), learning_rate, config.adam_betas, eps=1e-8, fused=True)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: learning_rate_factor(config, update))
-
-
-def learning_rate_factor(config: Config, update: int) -> float:
-    """The factor of `learning_rate` in the update after `update` others: warm-up, then steps or a cosine."""
-    rise = min(1.0, (update + 1) / (config.warmup_updates + 1))
-    if config.schedule == "cosine":
-        return rise * 0.5 * (1 + math.cos(math.pi * min(update / config.total_updates, 1)))
-    return rise * 0.5 ** (update // config.halve_every)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import checkpoints
 import losses
 import model
 import train
+import utils
 import weights
 from config_improved import ImprovedConfig, parse_improved
 from reports import SKIPPED
@@ -64,7 +65,7 @@ class AdversarialStep(train.PixelStep):
             layout = torch.channels_last if config.channels_last else torch.contiguous_format
             self.discriminator = model.Discriminator(config.discriminator_channels).to(runtime.device).to(memory_format=layout)
             self.judge = parallel(self.discriminator, runtime)
-            built = train.build_optimizer(self.discriminator, config, config.discriminator_learning_rate)
+            built = utils.build_optimizer(self.discriminator, config, config.discriminator_learning_rate)
             self.discriminator_optimizer, self.discriminator_scheduler = built
             self.balance = Balance(config.total_updates).to(runtime.device)
 

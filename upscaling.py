@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import model
+from runtime import is_out_of_memory
 from utils import PRECISIONS
 
 Strips = Iterator[tuple[int, Tensor]]  # (first row, (1, 3, rows, W)), from the top to the bottom, without gaps
@@ -65,16 +66,11 @@ def upscale(
             precision = "fp32"
             continue
         except (RuntimeError, MemoryError) as error:
-            known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-            if not known and not any(part in str(error).lower() for part in _NO_MEMORY):
+            if not is_out_of_memory(error):
                 raise
         height, width = (min(tile or side, side) for side in (max(lr.shape[:2]) if self_ensemble else lr.shape[0], lr.shape[1]))
         tried = min(height, strip_rows or _affordable_rows(network, max(height, width) if self_ensemble else width))
         strip_rows = _fewer_rows(tried, lr.shape, tile)  # outside of `except`, as the error keeps tensors alive
-
-
-# Parts of what the CPU's allocator, CUDA, cuBLAS and cuDNN say; cuDNN's plans that lack memory fail with the last two
-_NO_MEMORY = ("allocate memory", "out of memory", "alloc_failed", "device_allocation_failed", "unable to find an engine")
 
 
 class _NotFiniteError(Exception):

@@ -1,7 +1,8 @@
-"""Seeds, precision, EMA, the guard against bad updates, evaluation, memory and random generators: what the scripts share."""
+"""Seeds, precision, optimizer, EMA, the guard against bad updates, evaluation, memory and random generators: what the scripts share."""
 
 import contextlib
 import copy
+import math
 import random
 import re
 import sys
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import imgproc
+from config import Config
 from imgproc import RGB
-from runtime import Runtime, StopRequest
+from runtime import Interrupted, Poll, Runtime, StopRequest
 
 
 def seed_everything(seed: int) -> None:
@@ -41,6 +43,20 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     cpu = Path("/proc/cpuinfo")  # other systems do not tell, and fp32 is safe
     flags = cpu.read_text(encoding="utf-8", errors="replace") if cpu.is_file() else ""
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+
+
+def build_optimizer(network: nn.Module, config: Config, learning_rate: float) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
+    """Adam, and the schedule of its learning rate by update."""
+    optimizer = torch.optim.Adam(network.parameters(), learning_rate, config.adam_betas, eps=1e-8, fused=True)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: learning_rate_factor(config, update))
+
+
+def learning_rate_factor(config: Config, update: int) -> float:
+    """The factor of `learning_rate` in the update after `update` others: warm-up, then steps or a cosine."""
+    rise = min(1.0, (update + 1) / (config.warmup_updates + 1))
+    if config.schedule == "cosine":
+        return rise * 0.5 * (1 + math.cos(math.pi * min(update / config.total_updates, 1)))
+    return rise * 0.5 ** (update // config.halve_every)
 
 
 class EMA:
@@ -128,7 +144,8 @@ class EvaluationImages(Protocol):
     def __getitem__(self, index: int, /) -> tuple[str, RGB, RGB]: ...
 
 
-Scores = dict[str, Any]  # {"psnr": dB, "ssim": 0..1, "seconds": to upscale an image, "images": {name: {"psnr": …, "ssim": …}}}
+# {"psnr": dB, "ssim": 0..1, "seconds": to upscale an image, "images": {name: {"psnr": …, "ssim": …}}, "not_in_psnr": {name: why}}
+Scores = dict[str, Any]
 
 
 def evaluate(
@@ -143,6 +160,9 @@ def evaluate(
 ) -> Scores | None:
     """PSNR and SSIM by the papers' protocol: on uint8, MATLAB's Y, `upscale_factor` pixels off each border, mean over images.
 
+    The mean PSNR leaves out images whose PSNR says nothing: those that are flat in GT, and those equal to GT, whose PSNR is infinite.
+    "not_in_psnr" names them. Where none is left, the mean is infinite. SSIM counts all.
+
     Args:
         upscaler: lr -> sr, uint8 (H, W, 3).
         images: each process scores every world_size-th image, and all processes get all scores.
@@ -150,30 +170,46 @@ def evaluate(
         progress: the label of a progress bar; empty: none.
         stop: once it is true in any process, the evaluation ends before the next image, and all processes get None.
     """
-    mine = range(runtime.rank, len(images), runtime.world_size)
+    rounds = range(-(-len(images) // runtime.world_size))  # in each, every process has an image, but for the last round
     scores: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}
-    stopped = False
-    for index in tqdm(mine, progress, unit="image", leave=False, disable=not (progress and runtime.is_main)):
-        if stopped := bool(stop):
+    flat: dict[str, str] = {}
+    interrupting, poll = stop.interrupting if stop else contextlib.nullcontext, Poll(runtime)
+    for number in tqdm(rounds, progress, unit="image", leave=False, disable=not (progress and runtime.is_main)):
+        if any(poll(bool(stop))):
             break
-        name, lr, gt = images[index]
-        start = time.perf_counter()
-        sr = upscaler(lr)
-        seconds[name] = time.perf_counter() - start
-        scores[name] = {
-            "psnr": imgproc.psnr(sr, gt, upscale_factor),
-            "ssim": imgproc.ssim(sr, gt, upscale_factor),
-        }
-        if on_image:
-            on_image(name, lr, sr, gt)
-    parts = runtime.gather((stopped, scores, seconds))
-    if any(stopped for stopped, *_ in parts):
+        index = number * runtime.world_size + runtime.rank
+        with contextlib.suppress(Interrupted):  # the next poll tells the others
+            if index < len(images):
+                name, lr, gt = images[index]
+                with interrupting():
+                    start = time.perf_counter()
+                    sr = upscaler(lr)
+                    seconds[name] = time.perf_counter() - start
+                scores[name] = {
+                    "psnr": imgproc.psnr(sr, gt, upscale_factor),
+                    "ssim": imgproc.ssim(sr, gt, upscale_factor),
+                }
+                if imgproc.is_flat(gt, upscale_factor):
+                    flat[name] = "GT is flat"
+                if on_image:
+                    on_image(name, lr, sr, gt)
+    poll.finish()
+    parts = runtime.gather((scores, seconds, flat))
+    scores, seconds, flat = ({name: value for part in kind for name, value in part.items()} for kind in zip(*parts, strict=True))
+    if len(scores) < len(images):
         return None
-    scores = dict(sorted((name, score) for _, part, _ in parts for name, score in part.items()))
-    seconds = {name: value for *_, part in parts for name, value in part.items()}
-    means = {metric: float(np.mean([score[metric] for score in scores.values()])) for metric in ("psnr", "ssim")}
-    return {**means, "seconds": float(np.mean(list(seconds.values()))), "images": scores}
+    scores = dict(sorted(scores.items()))
+    equal = {name: "equal to GT" for name, score in scores.items() if score["psnr"] == math.inf}
+    uncounted = {name: {**equal, **flat}[name] for name in scores if name in equal or name in flat}
+    counted = [score["psnr"] for name, score in scores.items() if name not in uncounted]
+    return {
+        "psnr": float(np.mean(counted)) if counted else math.inf,
+        "ssim": float(np.mean([score["ssim"] for score in scores.values()])),
+        "seconds": float(np.mean(list(seconds.values()))),
+        "images": scores,
+        **({"not_in_psnr": uncounted} if uncounted else {}),
+    }
 
 
 PROTOCOL = "PSNR in dB and SSIM on Y of YCbCr, {scale} border pixels dropped, images as written (uint8)"

@@ -30,12 +30,9 @@ for package in ("numpy", "cv2", "torch", "torchvision"):
         BROKEN = f"{package} cannot be imported ({type(error).__name__}: {str(error).splitlines()[0]})"
         break
 if not BROKEN and sys.version_info >= (3, 10):
-    import numpy as np
     import torch
 
     import dataset
-    import image_files
-    import imgproc
     import model
     import utils
     import weights
@@ -43,7 +40,6 @@ if not BROKEN and sys.version_info >= (3, 10):
     from runtime import run_script
 
 OPENCV = ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless")  # any of them will do
-COMPARED = 10  # LR images of each set that are compared with exact ones
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -164,34 +160,15 @@ def check_set(name: str, split: str, scale: int, config: Config, reasons: list[s
         ordered = [f"{width}x{height}" for height, width in sorted(sizes, key=lambda size: size[0] * size[1])]
         span = " to ".join(dict.fromkeys((ordered[0], ordered[-1])))
         left_out = f", {skipped} smaller than a patch and left out" if skipped else ""
-        lr = compare_lr(pairs, scale, config.degradation)
+        _, lr = dataset.check_lr(pairs, scale, config.degradation)
         say("", f"{split} {name} x{scale}: {len(pairs)} images, {span}{left_out}; LR {lr}")
+        for line in dataset.describe_pairs(split, name, pairs, lr).splitlines()[2:]:
+            say("", line.strip())
         return sum(3 * height * width + 3 * height * width // scale**2 for height, width in sizes)
     except (OSError, ValueError) as error:
         say("", f"{split} {name} x{scale}: PROBLEM: {error}")
         reasons.append(f"{split} set {name}")
         return 0
-
-
-def compare_lr(pairs: Sequence[dataset.Pair], scale: int, degradation: str) -> str:
-    """Whether LR images on disk are what this repository makes of the GT images: for BI, MATLAB's bicubic, bit for bit."""
-    if pairs[0].lr is None:
-        return "made exactly when needed"
-    if degradation == "DN":
-        return f"in {pairs[0].lr.parent.name}, with their own noise"
-    chosen = [pairs[index] for index in np.linspace(0, len(pairs) - 1, min(COMPARED, len(pairs))).astype(int)]
-    shares, worst = [], 0
-    for pair in chosen:
-        gt = imgproc.crop_to_multiple(image_files.read_image(pair.gt), scale)
-        exact = imgproc.degrade(gt, scale, degradation)
-        off = abs(dataset.make_lr(pair, gt, scale, degradation).astype(int) - exact)
-        shares.append(float(np.mean(off > 0)))
-        worst = max(worst, int(off.max()))
-    kind = "MATLAB's bicubic" if degradation == "BI" else degradation
-    where = f"in {pairs[0].lr.parent.name}, {len(chosen)} compared"
-    if not worst:
-        return f"{where}: exactly {kind}"
-    return f"{where}: NOT {kind}, {np.mean(shares):.1%} of the values differ, by up to {worst}; scores will not compare with the papers'"
 
 
 def check_disk(config: Config, decoded: int, failing: dict[str, list[str]]) -> None:

@@ -106,8 +106,8 @@ def test_images_smaller_than_a_patch_are_refused_or_skipped(tmp_path):
 
 
 def test_the_summary_names_the_folder_the_count_and_the_first_pairs(tmp_path):
-    text = dataset.describe_pairs("train", "Mine", find_pairs(write_set(tmp_path, [(8, 8)] * 4), 2))
-    assert all(part in text for part in ("train", "Mine", "4", str(tmp_path / "GT"), "a.png", "b.png", "c.png"))
+    text = dataset.describe_pairs("train", "Mine", find_pairs(write_set(tmp_path, [(8, 8)] * 4), 2), "as found")
+    assert all(part in text for part in ("train", "Mine", "4", str(tmp_path / "GT"), "a.png", "b.png", "c.png", "as found"))
     assert "d.png" not in text
 
 
@@ -147,7 +147,7 @@ def test_evaluation_images_are_decoded_once_as_far_as_memory_goes(tmp_path, monk
     assert all((one[2] == other[2]).all() for one, other in zip(first, list(images), strict=True))
     assert decoded == {"a.png": 1, "b.png": 1, "c.png": 1}
     decoded.clear()
-    monkeypatch.setattr(EvaluationSet, "KEPT_BYTES", 2 * 40 * 44 * 3 + 1)
+    monkeypatch.setattr(EvaluationSet, "KEPT_BYTES", 2 * 40 * 44 * 3 * 5 // 4 + 1)  # of GT, and of LR at x2
     images = EvaluationSet(find_pairs(tmp_path / "Set", 2), 2)
     for _ in range(2):
         assert all((one[1] == other[1]).all() for one, other in zip(first, list(images), strict=True))
@@ -187,6 +187,7 @@ class InMemory:
         self.names = [str(index) for index in range(len(lr_sizes))]
         self.lr_sizes = lr_sizes
         self.gt_sizes = [(height * scale, width * scale) for height, width in lr_sizes]
+        self.content = "0"
 
     def __len__(self):
         return len(self.lr_sizes)

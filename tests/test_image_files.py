@@ -165,7 +165,7 @@ def kinds():
         "jpeg progressive": Kind(saved(FULL, "jpeg", progressive=True, quality=95, subsampling=0), RGB, off=4),
         "jpeg gray": Kind(saved(LEVELS, "jpeg", quality=100, icc_profile=SRGB), levels, gray=True, off=1),
         "jpeg cmyk": Kind(saved(cmyk, "jpeg", quality=100, icc_profile=SRGB), RGB, off=1),  # no ink's profile, so it is not used
-        "jpeg previews": Kind(saved(FULL, "mpo", quality=95, subsampling=0, save_all=True, append_images=[FULL]), RGB, off=4),
+        "jpeg previews": Kind(saved(FULL, "mpo", quality=95, subsampling=0, save_all=True, append_images=[FULL]), RGB, off=4, notes=1),
         "webp": Kind(saved(FULL, "webp", icc_profile=SRGB, exif=exif(6))),
         "webp lossless": Kind(saved(FULL, "webp", lossless=True), RGB),
         "webp alpha": Kind(saved(CLEAR, "webp", lossless=True, exact=True), RGB, ALPHA),
@@ -377,7 +377,7 @@ def test_alpha_and_the_colours_below_it_come_back(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_profile_resolution_and_gray_go_along_where_the_format_has_them(tmp_path, suffix):
-    off = 2 if suffix in (".jpg", ".jpeg") else 0
+    off = 2 if FORMATS[suffix] == "JPEG" else 0
     write_photo(tmp_path / f"a{suffix}", Photo(RGB, None, False, SRGB, (300.0, 300.0)), quality=100)
     photo = read_photo(tmp_path / f"a{suffix}")
     assert photo.icc_profile == (None if suffix == ".bmp" else SRGB)

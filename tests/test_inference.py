@@ -51,6 +51,10 @@ def double(image):
     return upscale(Enlarge(), image)
 
 
+def spread(pixels, alpha):
+    return imgproc.spread_colours(pixels, alpha == 0)
+
+
 def twice(image):
     return image.repeat(2, 0).repeat(2, 1)
 
@@ -58,7 +62,7 @@ def twice(image):
 @pytest.mark.parametrize(("pixels", "alpha"), [(RGB, ALPHA), (DEEP[:, :, :3], DEEP[:, :, 3])], ids=["8", "16"])
 def test_alpha_bits_profile_and_resolution_are_kept(pixels, alpha):
     result = inference.enlarge_photo(Photo(pixels, alpha, icc_profile=b"p", dpi=(1, 2)), double, (24, 34))
-    assert (result.pixels == twice(pixels)).all()
+    assert (result.pixels == twice(spread(pixels, alpha))).all()
     assert (result.alpha == twice(alpha)).all()
     assert (result.pixels.dtype, result.alpha.dtype) == (pixels.dtype, pixels.dtype)
     assert (result.icc_profile, result.dpi) == (b"p", (1, 2))
@@ -89,7 +93,7 @@ def test_alpha_of_one_value_stays_exactly_that():
 def test_another_final_size_is_matlabs_bicubic_of_the_result(deep):
     pixels, alpha = (DEEP[:, :, :3], DEEP[:, :, 3]) if deep else (RGB, ALPHA)
     result = inference.enlarge_photo(Photo(pixels, alpha), double, (18, 26))
-    assert (result.pixels == imgproc.imresize_to(twice(pixels), 18, 26)).all()
+    assert (result.pixels == imgproc.imresize_to(twice(spread(pixels, alpha)), 18, 26)).all()
     assert (result.alpha == imgproc.imresize_to(twice(alpha), 18, 26)).all()
 
 
@@ -126,7 +130,7 @@ def test_folders_names_and_formats_are_kept(tmp_path, run, capsys):
     assert all(image_files.image_size(folder / "out" / name) == (12, 14) for name in written(folder / "out"))
     said = "".join(capsys.readouterr())
     assert all(str(folder / "out" / name) in said for name in written(folder / "out"))
-    run("--input", folder, "--output", folder / "out")  # the results are no inputs
+    run("--input", folder, "--output", folder / "out", "--existing", "overwrite")  # the results are no inputs
     assert len(list((folder / "out").rglob("*.png"))) == len(names)
 
 
@@ -136,8 +140,8 @@ def test_inputs_of_one_name_keep_their_endings_and_nothing_is_overwritten(tmp_pa
     assert [target.name for target in targets.values()] == ["a.jpg.png", "a.png.png", "b.png"]
     with pytest.raises(ValueError, match=r"a\.png\.tif and .*a\.png .*a\.png\.png"):
         inference.plan_outputs([*files, tmp_path / "a.png.tif"], tmp_path, tmp_path / "out", "png")
-    with pytest.raises(ValueError, match=r"x\.gif"):
-        inference.plan_outputs([tmp_path / "x.gif"], tmp_path, tmp_path / "out", "same")
+    gif = tmp_path / "x.gif"
+    assert inference.plan_outputs([gif], gif, tmp_path / "out", "same") == {gif: tmp_path / "out/x.png"}  # GIF is not written
     with pytest.raises(ValueError, match=r"a\.png"):
         inference.plan_outputs(files[1:], tmp_path, tmp_path, "png")
     with pytest.raises(ValueError, match=r"a\.jpg"):
@@ -170,7 +174,7 @@ def test_what_fails_is_listed_and_the_others_are_done(tmp_path, run):
     (tmp_path / "o/e.jpg").mkdir(parents=True)
     write_image(tmp_path / "in" / "e.png", RGB)
     with pytest.raises(ValueError, match=r"3 of 5.*\n.*b\.png.*\n.*d\.png.*\n.*e\.(png|jpg)"):
-        run("--input", tmp_path / "in", "--output", tmp_path / "o", "--output_format", "jpg")
+        run("--input", tmp_path / "in", "--output", tmp_path / "o", "--output_format", "jpg", "--existing", "overwrite")
     assert written(tmp_path / "o") == ["a.jpg", "c.jpg"]
 
 

@@ -141,11 +141,13 @@ def test_processes_that_differ_are_refused_with_names_and_values(monkeypatch):
 def test_more_processes_than_cards_take_gloo(monkeypatch, cards, processes, backend):
     """NCCL refuses two processes on one card."""
     chosen = []
-    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}.items():
+    places = {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "here", "MASTER_PORT": 1}
+    for name, value in places.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cards > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(runtime, "try_device", lambda _: None)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: chosen.append(backend))
     monkeypatch.setattr(torch.distributed, "new_group", lambda **_: "group")

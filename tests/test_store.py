@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import dataset
 import image_files
 import imgproc
 import store
@@ -141,7 +142,7 @@ def test_a_store_that_another_process_has_built_meanwhile_is_kept(folder, monkey
         return read(path, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "cores", lambda: 1)
+        patch.setattr(dataset, "cores", lambda: 1)
         patch.setattr(image_files, "read_image", another_builds_first)
         found = build(folder)
     assert {0: 0, **{path: path.stat().st_ino for path in only_store(folder).iterdir()}} == before

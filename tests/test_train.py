@@ -84,11 +84,11 @@ def test_gradients_are_clipped(settings):
 
 def test_learning_rates(settings):
     steps = settings(halve_every=200, warmup_updates=0, epochs=500)
-    assert [train.learning_rate_factor(steps, update) for update in (0, 199, 200, 399, 400)] == [1, 1, 0.5, 0.5, 0.25]
+    assert [utils.learning_rate_factor(steps, update) for update in (0, 199, 200, 399, 400)] == [1, 1, 0.5, 0.5, 0.25]
     warm = settings(halve_every=200, warmup_updates=9)
-    assert [train.learning_rate_factor(warm, update) for update in (0, 4, 9, 10)] == approx([0.1, 0.5, 1, 1])
+    assert [utils.learning_rate_factor(warm, update) for update in (0, 4, 9, 10)] == approx([0.1, 0.5, 1, 1])
     cosine = settings(schedule="cosine", epochs=50)  # 100 updates
-    factors = [train.learning_rate_factor(cosine, update) for update in (0, 25, 50, 100)]
+    factors = [utils.learning_rate_factor(cosine, update) for update in (0, 25, 50, 100)]
     assert factors == approx([1, (1 + math.sqrt(0.5)) / 2, 0.5, 0])
 
 
