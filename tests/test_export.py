@@ -8,6 +8,7 @@ import torch
 
 import weights
 from helpers import REPOSITORY, tiny
+from runtime import run_script
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 export = importlib.import_module("export")
@@ -48,6 +49,16 @@ def test_onnx_is_written_and_compared(folder, capsys):
     x = torch.rand(3, 3, 7, 33)
     (sr,) = session.run(["sr"], {"lr": x.numpy()})
     assert abs(weights.load(folder / "w.pth")(x).detach().numpy() - sr).max() < 1e-4
+
+
+@pytest.mark.parametrize(("layout", "output"), [("onnx", "a.pth"), ("official", "a.pth.tar"), ("native", "a.onnx"), ("basicsr", "a")])
+def test_a_wrong_ending_is_named_before_anything_is_read(folder, capsys, layout, output):
+    (folder / "w.pth").write_bytes(b"no weights")
+    with pytest.raises(SystemExit) as end:
+        run_script(lambda: run(folder, layout, output))
+    assert end.value.code == 1
+    assert str(folder / output) in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["w.pth"]
 
 
 def test_what_cannot_be_written_leaves_nothing(folder, monkeypatch):
