@@ -323,7 +323,8 @@ def _to_layout(network: model.RCAN, layout: Layout) -> State:
 def export_onnx(network: model.RCAN, path: str | os.PathLike) -> None:
     """Write an ONNX file: `lr` (N, 3, h, w) -> `sr` (N, 3, scale h, scale w), float32 RGB in [0, 1], with N, h and w free.
 
-    Opset 18, or 17 with PyTorch before 2.9. Needs the packages onnx and onnxscript.
+    The file's metadata says so too, with the scale, what the weights were trained for and the network's arguments as JSON. Opset
+    18, or 17 with PyTorch before 2.9. Needs the packages onnx and onnxscript.
 
     Raises:
         ValueError: these are missing, or another ending than .onnx; nothing is written then.
@@ -333,6 +334,18 @@ def export_onnx(network: model.RCAN, path: str | os.PathLike) -> None:
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    import onnx
+
+    metadata = {
+        "upscale_factor": str(network.upscale_factor),
+        "input": "lr",
+        "output": "sr",
+        "layout": "NCHW",
+        "colour_order": "RGB",
+        "value_range": "[0, 1]",
+        "degradation": network.degradation or "unknown",
+        "arguments": json.dumps(network.arguments),
+    }
     plain = copy.deepcopy(network).cpu().float().eval().to(memory_format=torch.contiguous_format)
     free = {0: "batch", 2: "height", 3: "width"}
     options: dict[str, Any] = {"input_names": ["lr"], "output_names": ["sr"]}
@@ -344,6 +357,11 @@ def export_onnx(network: model.RCAN, path: str | os.PathLike) -> None:
     with files.replacing(path) as part, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         torch.onnx.export(plain, (torch.rand(2, 3, 12, 10),), str(part), **options)
+        exported = onnx.load(part)
+        for node in exported.graph.node:
+            node.ClearField("metadata_props")  # stack traces, with this machine's paths
+        onnx.helper.set_model_props(exported, metadata)
+        onnx.save(exported, part)
 
 
 # The weights in a file
