@@ -284,9 +284,7 @@ def export(network: model.RCAN, path: str | os.PathLike, layout: str = "native")
     writable = [name for name, known in LAYOUTS.items() if known.from_native]
     if layout not in writable:
         raise ValueError(f"layout={layout!r} is unknown; known are {', '.join(map(repr, writable))}")
-    endings = (".pth.tar", ".pth", ".pt", ".safetensors")[layout != "native" :]
-    if not path.name.endswith(endings):
-        raise ValueError(f"{path}: unknown ending; files in the {layout} layout end in {', '.join(endings)}")
+    check_ending(path, layout)
     state = _to_layout(network, LAYOUTS[layout])
     recorded = {"arguments": network.arguments, "degradation": network.degradation}
     if path.suffix == ".safetensors":
@@ -295,6 +293,17 @@ def export(network: model.RCAN, path: str | os.PathLike, layout: str = "native")
         buffer = io.BytesIO()
         torch.save({"native": {"state_dict": state, **recorded}, "basicsr": {"params": state}}.get(layout, state), buffer)
         files.write_whole(path, buffer.getbuffer())
+
+
+_STATE_DICTS = (".pth", ".pt", ".safetensors")
+_ENDINGS = {"native": (".pth.tar", *_STATE_DICTS), "official": _STATE_DICTS, "basicsr": _STATE_DICTS, "onnx": (".onnx",)}
+
+
+def check_ending(path: str | os.PathLike, layout: str) -> None:
+    """Refuse a path that does not end as files in the layout do, with a ValueError."""
+    endings = _ENDINGS[layout]
+    if not Path(path).name.endswith(endings):
+        raise ValueError(f"{path}: unknown ending; files in the {layout} layout end in {', '.join(endings)}")
 
 
 def _to_layout(network: model.RCAN, layout: Layout) -> State:
@@ -314,17 +323,29 @@ def _to_layout(network: model.RCAN, layout: Layout) -> State:
 def export_onnx(network: model.RCAN, path: str | os.PathLike) -> None:
     """Write an ONNX file: `lr` (N, 3, h, w) -> `sr` (N, 3, scale h, scale w), float32 RGB in [0, 1], with N, h and w free.
 
-    Opset 18, or 17 with PyTorch before 2.9. Needs the packages onnx and onnxscript.
+    The file's metadata says so too, with the scale, what the weights were trained for and the network's arguments as JSON. Opset
+    18, or 17 with PyTorch before 2.9. Needs the packages onnx and onnxscript.
 
     Raises:
         ValueError: these are missing, or another ending than .onnx; nothing is written then.
     """
     path = Path(path)
-    if path.suffix != ".onnx":
-        raise ValueError(f"{path}: unknown ending; files in the onnx layout end in .onnx")
+    check_ending(path, "onnx")
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"{path}: ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        raise ValueError(f"ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    import onnx
+
+    metadata = {
+        "upscale_factor": str(network.upscale_factor),
+        "input": "lr",
+        "output": "sr",
+        "layout": "NCHW",
+        "colour_order": "RGB",
+        "value_range": "[0, 1]",
+        "degradation": network.degradation or "unknown",
+        "arguments": json.dumps(network.arguments),
+    }
     plain = copy.deepcopy(network).cpu().float().eval().to(memory_format=torch.contiguous_format)
     free = {0: "batch", 2: "height", 3: "width"}
     options: dict[str, Any] = {"input_names": ["lr"], "output_names": ["sr"]}
@@ -336,6 +357,11 @@ def export_onnx(network: model.RCAN, path: str | os.PathLike) -> None:
     with files.replacing(path) as part, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         torch.onnx.export(plain, (torch.rand(2, 3, 12, 10),), str(part), **options)
+        exported = onnx.load(part)
+        for node in exported.graph.node:
+            node.ClearField("metadata_props")  # stack traces, with this machine's paths
+        onnx.helper.set_model_props(exported, metadata)
+        onnx.save(exported, part)
 
 
 # The weights in a file

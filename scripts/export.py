@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Export a file of weights and compare the result with the network."""
     config = tyro.cli(ExportConfig, args=argv, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
     output = Path(config.output)
+    weights.check_ending(output, config.layout)
     if output.exists() and not config.overwrite:
         raise ValueError(f"{output}: already there; choose another --output, or set --overwrite True")
     if output.exists() and output.samefile(config.model_path):
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def largest_difference(network: model.RCAN, path: Path) -> float | None:
     """Largest difference between the outputs of a network and of an exported file, on [0, 1]; None for ONNX without onnxruntime."""
     inputs = [torch.rand(shape, generator=torch.Generator().manual_seed(0)) for shape in SIZES]
-    if path.suffix != ".onnx":
+    if not path.name.endswith(".onnx"):
         other = weights.load(path)
         return max(float((network(x) - other(x)).abs().max()) for x in inputs)
     if importlib.util.find_spec("onnxruntime") is None:

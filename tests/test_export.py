@@ -3,11 +3,13 @@
 import importlib
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 import weights
 from helpers import REPOSITORY, tiny
+from runtime import run_script
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 export = importlib.import_module("export")
@@ -48,6 +50,55 @@ def test_onnx_is_written_and_compared(folder, capsys):
     x = torch.rand(3, 3, 7, 33)
     (sr,) = session.run(["sr"], {"lr": x.numpy()})
     assert abs(weights.load(folder / "w.pth")(x).detach().numpy() - sr).max() < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the converter's own
+@pytest.mark.parametrize(("scale", "attention"), [(3, "channel"), (4, "cbam"), (8, "cbam_average")])
+def test_core_ml_converts_it(tmp_path, scale, attention):
+    coremltools = pytest.importorskip("coremltools")
+    traced = torch.jit.trace(tiny(scale, attention), torch.rand(1, 3, 32, 24))
+    sides = [coremltools.RangeDim(16, 512, default=32) for _ in range(2)]
+    lr, sr = coremltools.TensorType("lr", (1, 3, *sides)), coremltools.TensorType("sr")
+    coremltools.convert(traced, inputs=[lr], outputs=[sr]).save(str(tmp_path / "a.mlpackage"))  # only macOS can run it
+    program = coremltools.models.MLModel(str(tmp_path / "a.mlpackage"), skip_model_load=True).get_spec().mlProgram.functions["main"]
+    (block,) = program.block_specializations.values()
+    assert [operation.type for operation in block.operations].count("pixel_shuffle") == {3: 1, 4: 2, 8: 3}[scale]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the converter's own
+@pytest.mark.parametrize(("scale", "attention"), [(3, "channel"), (4, "cbam"), (8, "cbam_average")])
+def test_ncnn_gives_the_same(tmp_path, scale, attention):
+    pnnx, ncnn = pytest.importorskip("pnnx"), pytest.importorskip("ncnn")
+    network = tiny(scale, attention)
+    pnnx.export(network, str(tmp_path / "a.pt"), torch.rand(1, 3, 32, 24), torch.rand(1, 3, 20, 40), fp16=False)
+    net, x = ncnn.Net(), torch.rand(3, 17, 31)
+    assert net.load_param(str(tmp_path / "a.ncnn.param")) == net.load_model(str(tmp_path / "a.ncnn.bin")) == 0
+    extractor = net.create_extractor()
+    extractor.input("in0", ncnn.Mat(x.numpy()))
+    _, sr = extractor.extract("out0")
+    assert abs(network(x[None])[0].detach().numpy() - np.array(sr)).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_openvino_gives_the_same_in_f32(folder):
+    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("onnxscript")
+    run(folder, "onnx", "a.onnx")
+    network = openvino.Core().compile_model(folder / "a.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    x = torch.rand(2, 3, 7, 33)
+    assert abs(weights.load(folder / "w.pth")(x).detach().numpy() - network(x.numpy())["sr"]).max() < 1e-4
+
+
+@pytest.mark.parametrize(("layout", "output"), [("onnx", "a.pth"), ("official", "a.pth.tar"), ("native", "a.onnx"), ("basicsr", "a")])
+def test_a_wrong_ending_is_named_before_anything_is_read(folder, capsys, layout, output):
+    (folder / "w.pth").write_bytes(b"no weights")
+    with pytest.raises(SystemExit) as end:
+        run_script(lambda: run(folder, layout, output))
+    assert end.value.code == 1
+    assert str(folder / output) in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["w.pth"]
 
 
 def test_what_cannot_be_written_leaves_nothing(folder, monkeypatch):

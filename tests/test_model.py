@@ -163,6 +163,49 @@ def test_compiled_bf16_gradients_are_those_of_eager_fp32(attention):
     assert functional.cosine_similarity(exact, found, dim=0) > 0.99
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated")  # torch.jit.trace, which Core ML's and ncnn's converters still want
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_traced_network_has_operations_that_converters_know_and_is_the_same(scale, attention):
+    network = tiny(scale, attention)
+    traced = torch.jit.trace(network, torch.rand(1, 3, 9, 8))
+    operations = [node.kind() for node in traced.inlined_graph.nodes()]
+    assert operations.count("aten::pixel_shuffle") == len(network.upsampling)
+    assert not {"aten::movedim", "aten::unflatten", "aten::view_as"} & {*operations}
+    for shape in ((2, 3, 12, 7), (1, 3, 5, 20)):
+        x = torch.rand(shape)
+        with torch.no_grad():
+            assert traced(x).numpy() == approx(network(x).numpy(), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_an_exported_program_keeps_the_pixel_shuffle_and_is_the_same():
+    network, x = tiny(4, "cbam"), torch.rand(2, 3, 9, 8)
+    program = torch.export.export(network, (x,))
+    if hasattr(torch.compiler, "is_exporting"):
+        assert str(program.graph).count("pixel_shuffle.default") == 2
+    with torch.no_grad():
+        assert program.module()(x).numpy() == approx(network(x).numpy(), abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_and_eager_training_rearrange_whole_pixels():
+    """One graph, without nn.PixelShuffle, whose forward hook would tell."""
+    network, x, graphs, shuffled = tiny(4, "cbam").train(), torch.rand(2, 3, 9, 8), [], []
+    for upsampler in network.upsampling:
+        upsampler.upsample_block[1].register_forward_hook(lambda *_: shuffled.append(True))
+    expected = network(x)
+
+    def keep(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    assert torch.equal(torch.compile(network, backend=keep, fullgraph=True)(x), expected)
+    assert len(graphs) == 1
+    assert not shuffled and "pixel_shuffle" not in graphs[0].code
+
+
 def test_an_initial_spatial_gate_is_a_constant_factor_that_learns():
     attention = model.RCAN(2, **TINY, attention="cbam_average", initial_spatial_gate=0.9).trunk[0].residual_group[1]
     attention, x = attention.residual_channel_attention_block[3], torch.randn(2, 8, 9, 11)

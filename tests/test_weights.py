@@ -1,6 +1,7 @@
 """Files of weights: what is saved comes back equal; anything else is refused whole, and named."""
 
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -17,7 +18,7 @@ from torch import nn
 import losses
 import model
 import weights
-from helpers import tiny
+from helpers import REPOSITORY, tiny
 
 STATE = {name: tensor.clone() for name, tensor in tiny(2).state_dict().items()}
 OTHER = {name: tensor + 1 for name, tensor in STATE.items()}
@@ -444,6 +445,26 @@ def test_onnx_gives_the_same_at_sizes_that_it_was_not_exported_with(tmp_path, sc
         (found,) = session.run(["sr"], {"lr": x.numpy()})
         assert found.shape == expected.shape
         assert np.abs(found - expected).max() < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("degradation", [None, "BD"])
+def test_an_onnx_file_says_what_it_takes_and_gives_and_shuffles_pixels_by_name(tmp_path, degradation):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    network = tiny(8, "cbam", num_rg=1, num_rcab=1)
+    network.degradation = degradation
+    weights.export_onnx(network, tmp_path / "w.onnx")
+    found = onnx.load(tmp_path / "w.onnx")
+    onnx.checker.check_model(found, full_check=True)
+    metadata = {entry.key: entry.value for entry in found.metadata_props}
+    assert json.loads(metadata.pop("arguments")) == {**network.arguments, "mean": [0.4, 0.5, 0.6]}
+    assert metadata == {
+        "upscale_factor": "8", "input": found.graph.input[0].name, "output": found.graph.output[0].name, "layout": "NCHW",
+        "colour_order": "RGB", "value_range": "[0, 1]", "degradation": degradation or "unknown",
+    }  # fmt: skip
+    assert [node.op_type for node in found.graph.node].count("DepthToSpace") == 3
+    assert str(REPOSITORY).encode() not in (tmp_path / "w.onnx").read_bytes()
 
 
 # Warm start
