@@ -90,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def pair_images(folder: Path, gt: Mapping[str, Path]) -> dict[str, Path]:
     """The SR file of each GT image: named as the GT image, or with one more ending, such as x4, that all files of the folder share."""
+    if any("\ud800" <= character <= "\udfff" for character in str(folder)):  # Python's stand-in for a byte that is not UTF-8
+        raise ValueError(f"{str(folder)!r}: the name is not UTF-8, but reports are; rename it")
     found = image_files.list_images(folder) if folder.is_dir() else []
     if not found:
         problem = "no image is in it" if folder.is_dir() else "no such folder"

@@ -235,6 +235,13 @@ def test_twins_and_damaged_images_are_named(place, run):
     assert (code, "sr/2.png" in err, (place / "results").exists()) == (1, True, False)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text here, and not bytes")
+def test_a_folder_that_reports_cannot_name_is_refused(place, run):
+    (place / "sr").rename(place / "sr\udcff")
+    code, out, err = run(sr=["sr\udcff"])
+    assert (code, out, "sr\\udcff" in err, (place / "results").exists()) == (1, "", True, False)
+
+
 def test_sr_of_the_size_of_the_whole_gt_is_cropped_with_it_and_named(place, run):
     gt = image(5, 43, 50)
     write(place / "data/Odd/GT", {"odd": gt})
