@@ -20,7 +20,7 @@ from torch import Tensor
 
 import files
 import weights
-from config import BEST, LAST, Config
+from config import BEST, LAST, Config, released_weights
 
 _NEEDED = ("state_dict", "ema_state_dict", "optimizer", "scheduler", "scaler", "update", "meter", "data", "config", "random_states")
 _FROM_WEIGHTS = "to start from its weights, set pretrained_model_path"
@@ -182,6 +182,25 @@ def read_newest(paths: Sequence[Path]) -> tuple[Path, Any, list[str]]:
         return path, found, problems
     others = f", nor can another checkpoint in {paths[0].parent} be read" if len(paths) > 1 else ""
     raise ValueError(f"{problems[0]}{others}; bring a copy back, or set another exp_name to start anew")
+
+
+def weights_to_test(config: Config) -> tuple[Path, ...]:
+    """`model_path`, else the run's best or last checkpoint, else this repository's own weights.
+
+    Raises:
+        FileNotFoundError: `exp_name` names no run.
+    """
+    if config.model_path:
+        return tuple(map(Path, (config.model_path,) if isinstance(config.model_path, str) else config.model_path))
+    for path in (config.experiment_dir / name for name in (BEST, LAST)):
+        if path.is_file():
+            return (path,)
+    if config.exp_name:
+        raise FileNotFoundError(
+            f"{config.experiment_dir.absolute()}: holds no {BEST} and no {LAST}; correct exp_name={config.exp_name!r}, or give weights "
+            "with --model_path"
+        )
+    return (released_weights(config.upscale_factor),)
 
 
 # Checking and restoring

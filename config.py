@@ -177,8 +177,14 @@ class Config:
 
     @property
     def experiment_dir(self) -> Path:
-        """The run's folder: checkpoints, logs and samples."""
-        return Path(self.results_dir) / (self.exp_name or self.model_arch_name)
+        """The run's folder: checkpoints, logs and samples. Without exp_name it is named after the network, as rcan_light_x4_c100_BD."""
+        return Path(self.results_dir) / (self.exp_name or self.model_arch_name + self._differences())
+
+    def _differences(self) -> str:
+        """What distinguishes the network and its data from those that the file names."""
+        changed = [line.name for line in fields(self) if getattr(self, line.name) != line.default]
+        marks = {"channels": "c", "reduction": "r", "num_rg": "g", "num_rcab": "b", "attention": "", "degradation": ""}
+        return "".join(f"_{mark}{getattr(self, name)}" for name, mark in marks.items() if name in changed)
 
     @property
     def gt_patch_size(self) -> int:
@@ -194,40 +200,6 @@ class Config:
         """What differs from the named network."""
         names = ("channels", "reduction", "num_rg", "num_rcab", "attention", "initial_channel_gate", "initial_spatial_gate")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    @property
-    def weights_paths(self) -> tuple[Path, ...]:
-        """The weights to test: `model_path`, else the run's best or last, else this repository's own."""
-        if self.model_path:
-            return tuple(map(Path, _parts(self.model_path)))
-        trained = (self.experiment_dir / name for name in (BEST, LAST))
-        return (next(filter(Path.is_file, trained), released_weights(self.upscale_factor)),)
-
-    def test_dir(self, weights: Path | None = None) -> Path:
-        """The folder for scores and images: results/<exp_name>/test, named after the weights where exp_name is empty.
-
-        Another degradation and self-ensemble get their own folders (test_BD, test_plus). Of several weights, each gets its own,
-        and `None` stands for the folder of their common table. A file that only shares its name with a run goes elsewhere.
-        """
-        kind = "test" + ("" if self.degradation == "BI" else f"_{self.degradation}") + ("_plus" if self.self_ensemble else "")
-        results = Path(self.results_dir)
-        if len(self.weights_paths) == 1:
-            return results / (self.exp_name or self._folder_name(self.weights_paths[0])) / kind
-        if weights is None:
-            return results / (self.exp_name or "table") / kind
-        return results / self.exp_name / kind / weights_name(weights) if self.exp_name else results / self._folder_name(weights) / kind
-
-    def _folder_name(self, weights: Path) -> str:
-        name = weights_name(weights)
-        is_run = any((Path(self.results_dir) / name / checkpoint).is_file() for checkpoint in (BEST, LAST))
-        return f"{name}_file" if is_run and weights.name not in (BEST, LAST) else name
-
-
-def weights_name(path: Path) -> str:
-    """The name of weights in results: a run's folder, or the file's name up to its first dot."""
-    if path.name in (BEST, LAST):
-        return path.absolute().parent.name or path.name.split(".")[0]
-    return path.name.lstrip(".").split(".")[0] or "weights"
 
 
 def released_weights(upscale_factor: int) -> Path:
@@ -261,6 +233,8 @@ def parse(
     given = [word[2:].split("=")[0].replace("-", "_") for word in words if word[:2] == "--" and word not in ("--", "--help")]
     for name in given:
         _check_name(name, values, unused, mode)
+        if given.count(name) > 1 and "tuple" in str(get_type_hints(kind)[name]):
+            raise ValueError(f"--{name} is given {given.count(name)} times, and only the last would count: give all its values at once")
     config = kind(**values | _read(kind, {name: value for name, value in values.items() if name not in unused}, argv))
     if mode and config.mode and (config.mode == "train") != (mode == "train"):
         raise ValueError(f"mode={config.mode!r} contradicts this script, which can only {mode}: set mode=None, or run another script")
@@ -353,6 +327,8 @@ def _check_types(kind: type[Config], values: Mapping[str, Any]) -> None:
                 raise ValueError(f"{name}={value!r} holds a null character, which no path and no name can: remove it")
             if isinstance(part, str) and any("\ud800" <= character <= "\udfff" for character in part):
                 raise ValueError(f"{name}={value!r} is not UTF-8, which reports need: rename the file or folder")
+            if isinstance(part, str) and part.startswith("~"):
+                raise ValueError(f"{name}={value!r}: ~ is only replaced by shells, and not here: write the path of your home folder")
             if isinstance(part, int) and abs(part) >= 2**63:
                 raise ValueError(f"{name}={_shown(value)} must be less than 2**63")
 

@@ -59,7 +59,7 @@ class ImprovedConfig(Config):
     @property
     def experiment_dir(self) -> Path:
         """The run's folder: without exp_name, results/<model>_<preset>."""
-        return Path(self.results_dir) / (self.exp_name or f"{self.model_arch_name}_{self.preset}")
+        return Path(self.results_dir) / (self.exp_name or f"{self.model_arch_name}_{self.preset}{self._differences()}")
 
     def _check_pairs(self) -> None:
         super()._check_pairs()

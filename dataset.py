@@ -14,7 +14,9 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -116,7 +118,7 @@ def _by_name(files: Sequence[Path], to_name: Callable[[str], str]) -> dict[str, 
     named: dict[str, Path] = {}
     root = Path(os.path.commonpath([file.parent for file in files])) if files else Path()
     for file in files:
-        name = to_name(file.relative_to(root).with_suffix("").as_posix())
+        name = to_name(unicodedata.normalize("NFC", file.relative_to(root).with_suffix("").as_posix()))  # macOS splits ü into two
         if any("\ud800" <= character <= "\udfff" for character in str(file)):  # Python's stand-in for a byte that is not UTF-8
             raise ValueError(f"{str(file)!r}: the name is not UTF-8, but reports are; rename it")
         if name in named:
@@ -173,6 +175,9 @@ def describe_pairs(split: str, name: str, pairs: Sequence[Pair], lr: str) -> str
     lines = [f"{split} {name}: {len(pairs)} images in {folders[0]}, LR {lr}"]
     lines.append(first + (", …" if len(pairs) > 3 else ""))
     lines += filter(None, (image_files.passed_over(folder, nested=bool(_NESTED.fullmatch(folder.name))) for folder in folders))
+    further = sorted(folders[0].parent.iterdir()) if folders[0].name in GT_FOLDERS else []
+    unknown = [each.name for each in further if re.match(r"LR(?!_bicubic$)", each.name, re.I) and not _NESTED.fullmatch(each.name)]
+    lines += [f"not used, as the names are unknown: {', '.join(unknown)}; LR images belong into LRbicx4, for example"] if unknown else []
     return "\n    ".join(lines)
 
 
@@ -454,6 +459,7 @@ def load(batches: TrainBatches, first: int, last: int, num_workers: int, pin_mem
     )
 
 
+_LONGEST_TEMPORARY = 70  # bytes: a socket's path has 107, and Python appends up to 34
 SHARED_MEMORY = Path("/dev/shm")  # where workers put batches; Docker gives it 64 MB
 
 
@@ -465,6 +471,8 @@ def fit_workers(batches: TrainBatches, num_workers: int, processes: int = 1) -> 
     """
     room = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else math.inf
     held = int(room / (1.1 * max(batches.bytes, 1) * processes)) - 2 if room < math.inf else sys.maxsize  # two more are on their way
+    if num_workers and os.name != "nt" and len(tempfile.gettempdir()) > _LONGEST_TEMPORARY:
+        return 0, 2, f"TMPDIR={tempfile.gettempdir()} is too long for the sockets of data workers: continuing with num_workers=0"
     ahead = 2 if held >= 2 * num_workers else 1
     workers = max(0, min(num_workers, held // ahead))
     if (workers, ahead) == (num_workers, 2) or not num_workers:

@@ -98,6 +98,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in _UNABLE:  # some network disks don't know this for folders
+            raise
     finally:
         os.close(descriptor)
 
@@ -255,6 +258,7 @@ _EXPLANATIONS = {
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.ELOOP: "its links form a circle; give the path of the file itself",
     errno.EMFILE: "too many files are open; raise the limit (ulimit -n), or lower num_workers",
+    errno.ENODEV: "its disk can't map files into memory; choose a folder on another one (cache_dir for decoded images)",
     errno.EIO: "its disk reports an error; look at the system's log, and copy your files to another disk",
 }
 
@@ -263,4 +267,6 @@ def explain(error: OSError) -> str:
     """What went wrong with which file, and what to do, in one sentence."""
     if error.errno not in _EXPLANATIONS:
         return str(error)
-    return f"{error.filename or 'a file'}: {_EXPLANATIONS[error.errno]}"
+    if not error.filename:
+        return f"{error.strerror}: {_EXPLANATIONS[error.errno]}"
+    return f"{error.filename}: {_EXPLANATIONS[error.errno]}"

@@ -155,7 +155,9 @@ def list_images(folder: str | os.PathLike, nested: bool = False) -> list[Path]:
 def passed_over(folder: str | os.PathLike, nested: bool = False) -> str:
     """A sentence on what `list_images` doesn't list, by ending, or an empty one."""
     others = Counter(file.suffix.lower() or "without an ending" for file in _walk(Path(folder), nested))
-    found = [f"{count} {suffix}" for suffix, count in sorted(others.items()) if suffix not in (*IMAGE_SUFFIXES, *_OF_SYSTEMS)]
+    dead = sum(1 for file in Path(folder).iterdir() if file.is_symlink() and not file.exists())
+    found = [f"{dead} dead link(s)"] if dead else []
+    found += [f"{count} {suffix}" for suffix, count in sorted(others.items()) if suffix not in (*IMAGE_SUFFIXES, *_OF_SYSTEMS)]
     if not nested:
         inner = [each.name for each in sorted(Path(folder).iterdir()) if each.is_dir() and not each.name.startswith(".")]
         found += [f"the images in {name}/" for name in inner if list_images(Path(folder) / name)]
@@ -302,7 +304,7 @@ def _open_with_pillow(file: BinaryIO) -> Image.Image:
     """An image of plausible size, not decoded yet. Raises UnidentifiedImageError where Pillow doesn't know it."""
     file.seek(0)
     try:
-        image = Image.open(file, formats=metadata.FORMATS)
+        image = _open_sound_parts(file)
     except Image.DecompressionBombError as error:  # beyond Pillow's own limit
         raise _RefusedError(f"more than {MAX_PIXELS:,} pixels; cut it into parts ({error})") from None
     kind = image.format or ""
@@ -313,6 +315,22 @@ def _open_with_pillow(file: BinaryIO) -> Image.Image:
         kind += f" {image.info.get('compression', 0)}"
     _check_size(file, image.width, image.height, kind)
     return image
+
+
+def _open_sound_parts(file: BinaryIO) -> Image.Image:
+    """An image, also a PNG in which text or the like is damaged, but not its pixels."""
+    try:
+        return Image.open(file, formats=metadata.FORMATS)
+    except UnidentifiedImageError:
+        file.seek(0)
+        header = file.read(_PNG_HEADER)
+        if not header.startswith(b"\x89PNG\r\n\x1a\n"):
+            raise
+        kinds = (b"PLTE", b"tRNS", b"iCCP", b"sRGB", b"gAMA", b"pHYs", b"eXIf", b"IDAT", b"IEND")
+        sound = b"".join(metadata.png_chunk(*chunk) for chunk in metadata.png_chunks(file, kinds))
+        image = Image.open(io.BytesIO(header + sound), formats=["PNG"])
+        image.info["damaged"] = True
+        return image
 
 
 def _open_with_tifffile(file: BinaryIO) -> tifffile.TiffPage:
@@ -380,7 +398,10 @@ def _decode(file: BinaryIO, orient: bool) -> tuple[Image.Image | Photo, int]:
             image.info["dpi"] = image.info["dpi"][::-1]
         return image, 1
     image.load()
-    orientation = image.getexif().get(274, 1) if orient else 1
+    orientation = 1
+    if orient:
+        with contextlib.suppress(*_DECODING_ERRORS):  # damaged EXIF, which `metadata.read` names
+            orientation = image.getexif().get(274, 1)
     file.seek(24)
     if image.format == "PNG" and file.read(1) == b"\x10":  # bits a channel
         return _decode_deep_png(file, image), orientation
@@ -433,8 +454,14 @@ def _to_photo(image: Image.Image, file: BinaryIO) -> Photo:
     if image.format in ("AVIF", "HEIF"):
         notes += (f"{image.format} is read with 8 bits a channel; HDR is not kept",)
     further = len(image.getbands()) - (image.mode == "RGBX")
+    if image.info.get("damaged"):
+        notes += ("damaged text or the like beside its pixels was left out",)
     if image.mode == "RGBX" or (isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(277, 1) > further):
         notes += (_UNKNOWN_CHANNEL,)
+    file.seek(24)
+    depth = file.read(1)[0] if image.format == "PNG" else 8  # bits a channel
+    if image.mode == "L" and depth in (2, 4) and "transparency" in image.info:
+        image.info["transparency"] *= 255 // (2**depth - 1)  # Pillow enlarges the values of the pixels, but not this one
     if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
         alpha = _to_array(image, "A")
     dpi, gray = _plausible_dpi(image.info.get("dpi")), image.mode in ("1", "L", "LA", "La")

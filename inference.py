@@ -6,6 +6,10 @@ python inference.py --input photos --output upscaled --outscale 2.5 --output_for
 python inference.py --model_path results/rcan_x4/best.pth.tar --input photos --output upscaled
 """
 
+import environment  # noqa: F401 (names missing packages)
+
+# isort: split
+
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +49,9 @@ class InferenceConfig:
     tile_overlap: int = 32  # blend neighbouring tiles over this many LR pixels
 
     def __post_init__(self) -> None:
+        for name in ("input", "output", "model_path"):
+            if getattr(self, name).startswith("~"):
+                raise ValueError(f"{name}={getattr(self, name)!r}: ~ is only replaced by shells, and not here: write the whole path")
         if self.outscale is not None and not 0 < self.outscale <= 64:
             raise ValueError(f"outscale={self.outscale} must be greater than 0 and at most 64")
         if not 1 <= self.quality <= 100:
@@ -87,10 +94,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for file in (bar := tqdm(inputs, "upscaling", unit="image")):
         try:
             notes = upscale_file(file, targets[file], enlarge, network.upscale_factor, config)
-            bar.write("\n    ".join([str(targets[file].absolute()), *notes]))
         except (ValueError, OSError, MemoryError) as error:  # the remaining files are still processed
             problem = explain(error) if isinstance(error, OSError) else str(error) or "too little memory; free some, or set --tile 256"
             failed.append(problem if str(file) in problem else f"{file}: {problem}")
+        else:
+            bar.write("\n    ".join([str(targets[file].absolute()), *notes]))
     if failed:
         listed = "".join(f"\n    {problem}" for problem in failed)
         raise ValueError(f"{len(failed)} of {len(inputs)} images failed:{listed}" if len(inputs) > 1 else failed[0])

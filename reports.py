@@ -1,6 +1,5 @@
 """What a run reports: means since the last report, the run log, sample images, provenance, tables."""
 
-import contextlib
 import json
 import math
 import os
@@ -171,8 +170,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         if self.enabled:
-            with contextlib.suppress(BrokenPipeError):  # whoever read the output has ended; the run goes on
-                self._bar.write(text)
+            self._bar.write(text)
 
     def close(self) -> None:
         if self.enabled:

@@ -1,12 +1,12 @@
 """How scripts start and end: errors in a sentence, signals, devices, the process group, agreement between ranks."""
 
 import contextlib
+import errno
 import importlib.util
 import inspect
 import os
 import shutil
 import signal
-import stat
 import sys
 import time
 import traceback
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar, cast
 
 import torch
 import torch.distributed
@@ -40,14 +40,16 @@ def run_script(main: Callable[[], None]) -> None:
     `--debug` on the command line shows the traceback of every mistake. SIGTERM, SIGHUP (a closed terminal) and SIGUSR1 end a script as
     Ctrl-C does, and nothing is left half-written; a training saves itself first (`StopRequest`).
     """
-    for stream in (sys.stdout, sys.stderr):
+    streams = sys.stdout, sys.stderr
+    for stream in streams:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # some file names cannot be printed
+    outputs = _Lasting(sys.stdout), _Lasting(sys.stderr)
+    sys.stdout, sys.stderr = cast(TextIO, outputs[0]), cast(TextIO, outputs[1])
     debug = "--debug" in sys.argv[1:]
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
 
     def terminate(number: int, _frame: object) -> None:
-        _leave_terminal(number)
         sys.exit(128 + number)
 
     together = False  # whether all processes end for the same reason
@@ -55,15 +57,14 @@ def run_script(main: Callable[[], None]) -> None:
         with _signals(terminate, "SIGTERM", "SIGHUP", "SIGUSR1"):
             main()
             sys.stdout.flush()
+            lost = outputs[0].error
+            if lost and lost.errno not in (errno.EPIPE, errno.EIO):  # nobody misses what `head` or a closed terminal did not take
+                raise OSError(lost.errno, lost.strerror, "standard output")
         together = True
     except SystemExit as end:
         together = end.code == STOPPED
         raise
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        if isinstance(error, OSError) and (stream := _broken_output()):
-            if isinstance(error, BrokenPipeError):  # its reader has ended, as `head` does
-                sys.exit(128 + 13)  # as the system ends others by SIGPIPE
-            error = OSError(error.errno, error.strerror, stream)
         sentence = None if debug else _sentence(error)
         if sentence is None:
             raise
@@ -74,29 +75,40 @@ def run_script(main: Callable[[], None]) -> None:
         print("stopped", file=sys.stderr)
         sys.exit(130)
     finally:
+        for output in outputs:
+            output.flush()
+        sys.stdout, sys.stderr = streams
         started = torch.distributed.is_available() and torch.distributed.is_initialized()
         if started and (together or torch.distributed.get_backend() == "gloo"):  # NCCL would wait for processes that go on
             torch.distributed.destroy_process_group()
 
 
-def _leave_terminal(number: int) -> None:
-    """After SIGHUP, writing to the closed terminal would fail, so its output goes nowhere."""
-    if number == getattr(signal, "SIGHUP", None):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for descriptor in (1, 2):
-            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
-                os.dup2(nowhere, descriptor)
+class _Lasting:
+    """A standard stream that drops what can't be written, as the work goes on when its reader, terminal or disk is gone."""
 
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (None: closed before the start)
+        self.error: OSError | None = None
 
-def _broken_output() -> str:
-    """The name of the standard stream that can't be written any more, whose buffered rest is dropped then, or an empty text."""
-    for name, stream in (("standard output", sys.stdout), ("standard error", sys.stderr)):
+    def write(self, text: str) -> int:
+        self._attempt(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, write: Callable[..., object], *text: str) -> None:
+        if self.error:
+            return
         try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            return name
-    return ""
+            write(*text)
+        except OSError as error:
+            self.error = error
+            with contextlib.suppress(OSError):  # the rest of its buffer goes nowhere when Python ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _sentence(error: Exception) -> str | None:
@@ -206,8 +218,7 @@ class StopRequest:
         finally:
             self._interrupts = False
 
-    def _request(self, number: int, _frame: object) -> None:
-        _leave_terminal(number)
+    def _request(self, _number: int, _frame: object) -> None:
         if self.requested is None:
             self.requested = time.monotonic()
             if self._interrupts:

@@ -5,14 +5,21 @@
 
 The file alone tells the network's size; no setting of its training is needed. Images, metrics.json, metrics.csv and report.md go to
 results/<exp_name>/test, named after the weights where exp_name is empty. Several weights have a folder each, and results/table/test
-holds the scores of all. Scores are those of the images as written, by the papers' protocol.
+holds the scores of all. A folder that holds the scores of other weights is left as it is. Scores are those of the images as written,
+by the papers' protocol.
 """
+
+import environment  # noqa: F401 (names missing packages)
+
+# isort: split
 
 import csv
 import io
+import itertools
 import json
+import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+import checkpoints
 import dataset
 import files
 import image_files
@@ -27,8 +35,8 @@ import imgproc
 import model
 import utils
 import weights
-from config import Config, parse, weights_name
-from reports import markdown_table, provenance
+from config import Config, parse
+from reports import markdown_table, provenance, to_json
 from runtime import Runtime, run_script, start_runtime
 from upscaling import upscale
 from utils import Scores
@@ -41,6 +49,8 @@ class Result:
     name: str
     upscale_factor: int
     description: str
+    folder: Path  # of its images and reports
+    given: frozenset[str]  # sets whose LR images are not those of the degradation
     scores: Mapping[str, Mapping[str, Scores]]  # {"bicubic" | "network" | "plain": {set: …}}
     peak_memory: float | None  # GiB
 
@@ -49,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Score every file of `model_path` on `test_sets`."""
     config = parse(Config, "test", argv)
     runtime = start_runtime()
-    networks = {path: weights.load(path) for path in config.weights_paths}  # all weights and sets first: a mistake costs no time
-    names = [weights_name(path) for path in networks]
-    if len(set(names)) < len(names) or len(networks) < len(config.weights_paths):
-        raise ValueError(f"model_path={config.model_path!r}: two have the same name in results ({', '.join(names)}); rename one")
+    paths = checkpoints.weights_to_test(config)
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError(f"model_path={config.model_path!r} names a file twice: name each once")
+    networks = {path: weights.load(path) for path in paths}  # all weights and sets first: a mistake costs no time
     if not config.test_sets:
         raise ValueError("test_sets is empty: name at least one, as in --test_sets Set5 Set14")
     absent = dataset.absent_sets(config.data_root, config.test_sets)
@@ -61,29 +71,118 @@ def main(argv: Sequence[str] | None = None) -> None:
         path: dataset.open_test_sets(config.data_root, present, network.upscale_factor, config.degradation, decode=runtime.local_rank == 0)
         for path, network in networks.items()
     }
+    folders = runtime.gather(choose_folders(config, paths) if runtime.is_main else {})[0]
+    given: dict[Path, frozenset[str]] = dict.fromkeys(paths, frozenset())
     if runtime.is_main:
-        for path in networks:
-            files.check_folder(config.test_dir(path))
+        for folder in folders.values():
+            files.check_folder(folder)
         warn(networks, absent, config)
+        given = {path: frozenset(check_lr(sets[path], networks[path].upscale_factor, config)) for path in paths}
     results = []
     for path, network in networks.items():
         if runtime.is_main:
             print(weights.describe(network))
-        results.append(score(path, network.to(runtime.device), sets[path], config, runtime))
+            take(folders[path], [path])
+        scores = score(folders[path], network.to(runtime.device), sets[path], config, runtime)
+        name = weights_name(path) if len(paths) == 1 else (folders[path] if config.exp_name else folders[path].parent).name
+        memory = utils.peak_memory(runtime.device)
+        results.append(Result(name, network.upscale_factor, weights.describe(network), folders[path], given[path], scores, memory))
         network.cpu()
         if runtime.is_main:
-            write(config.test_dir(path), results[-1:], absent, config)
+            write(folders[path], results[-1:], absent, config)
     if runtime.is_main:
         if len(results) > 1:
-            write(config.test_dir(), results, absent, config)
+            take(folders[None], paths)
+            write(folders[None], results, absent, config)
         print(report(results, absent, config))
-        print(f"\n{'images and ' if config.save_images else ''}metrics: {config.test_dir().absolute()}")
+        print(f"\n{'images and ' if config.save_images else ''}metrics: {folders[None].absolute()}")
+
+
+# Folders
+
+_MADE_FROM = "made_from.json"  # in each folder of scores: the weights
+_ENDINGS = (".pth.tar", ".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar")
+
+
+def weights_name(path: Path) -> str:
+    """The name of weights in results: a run's folder, or the file's name without its ending."""
+    if path.name in (checkpoints.BEST, checkpoints.LAST):
+        return path.absolute().parent.name or path.name.split(".")[0]
+    ending = next((ending for ending in _ENDINGS if path.name.endswith(ending)), "")
+    return path.name.removesuffix(ending).lstrip(".") or "weights"
+
+
+def choose_folders(config: Config, paths: Sequence[Path]) -> dict[Path | None, Path]:
+    """The folder for the scores of each file of weights, and by None that of all: results/<exp_name or name of the weights>/test.
+
+    Another degradation and self-ensemble have their own folders (test_BD, test_plus). Where a folder is a run's, or holds the scores
+    of other weights, the name is longer: with the weights' folder before it, then with a number.
+
+    Raises:
+        ValueError: `exp_name` chooses a folder that holds the scores of other weights.
+    """
+    kind = "test" + ("" if config.degradation == "BI" else f"_{config.degradation}") + ("_plus" if config.self_ensemble else "")
+    results, found = Path(config.results_dir), dict[Path | None, Path]()
+
+    def choose(names: Iterable[str], sources: Sequence[Path], place: Callable[[str], Path]) -> Path:
+        for name in names:
+            if place(name) not in found.values() and _may_hold(place(name), sources):
+                return place(name)
+        raise ValueError(f"{place(config.exp_name)}: holds the scores of other weights; choose another exp_name, or move it away")
+
+    for path in paths:
+        name, parent = weights_name(path), path.absolute().parent
+        is_run = parent == (results / name).absolute()
+        others = any((results / name / checkpoint).is_file() for checkpoint in (checkpoints.BEST, checkpoints.LAST)) and not is_run
+        longer = f"{name}_{path.name.split('.')[0]}" if is_run else f"{parent.name}_{name}"
+        names: Iterable[str] = itertools.chain([] if others else [name], [longer], (f"{longer}_{number}" for number in itertools.count(2)))
+        if not config.exp_name:
+            found[path] = choose(names, [path], lambda name: results / name / kind)
+        elif len(paths) == 1:
+            found[path] = choose([config.exp_name], [path], lambda name: results / name / kind)
+        else:
+            found[path] = choose(names, [path], lambda name: results / config.exp_name / kind / name)
+    if len(paths) == 1:
+        found[None] = found[paths[0]]
+    else:
+        names = [config.exp_name] if config.exp_name else itertools.chain(["table"], (f"table_{number}" for number in itertools.count(2)))
+        found[None] = choose(names, paths, lambda name: results / name / kind)
+    return found
+
+
+def _may_hold(folder: Path, sources: Sequence[Path]) -> bool:
+    """Whether a folder is free, or holds earlier scores of the same files."""
+    try:
+        made_from = json.loads((folder / _MADE_FROM).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    return bool(made_from == [str(path.absolute()) for path in sources])
+
+
+def take(folder: Path, sources: Sequence[Path]) -> None:
+    """Mark a folder as one of these weights."""
+    files.write_text(folder / _MADE_FROM, to_json([str(path.absolute()) for path in sources], indent=2) + "\n")
+
+
+# Scores
+
+
+def check_lr(sets: Mapping[str, dataset.EvaluationSet], scale: int, config: Config) -> list[str]:
+    """Print where each set's images are from; the sets whose LR images are not those of the degradation."""
+    given = []
+    for name, images in sets.items():
+        fits, found = dataset.check_lr(images.pairs, scale, config.degradation)
+        print(dataset.describe_pairs("test", f"{name} x{scale}", images.pairs, found))
+        given += [] if fits else [name]
+    return given
 
 
 def warn(networks: Mapping[Path, model.RCAN], absent: Sequence[str], config: Config) -> None:
     """Name what a person may not expect of the scores."""
     for name in absent:
         print(f"warning: {Path(config.data_root) / name}: no such folder; {name} is not scored", file=sys.stderr)
+    if not config.model_path and config.experiment_dir not in [path.parent for path in networks]:
+        print(f"note: {config.experiment_dir} holds no run, so this repository's light network is scored", file=sys.stderr)
     for path, network in networks.items():
         if network.degradation not in (None, config.degradation):
             print(
@@ -93,8 +192,10 @@ def warn(networks: Mapping[Path, model.RCAN], absent: Sequence[str], config: Con
             )
 
 
-def score(path: Path, network: model.RCAN, sets: Mapping[str, dataset.EvaluationSet], config: Config, runtime: Runtime) -> Result:
-    """Upscale and score every image of every set by each method."""
+def score(
+    folder: Path, network: model.RCAN, sets: Mapping[str, dataset.EvaluationSet], config: Config, runtime: Runtime
+) -> dict[str, dict[str, Scores]]:
+    """Upscale and score every image of every set by each method; the network's images go to the folder."""
     scale = network.upscale_factor
     methods: dict[str, Callable[[imgproc.RGB], imgproc.RGB]] = {"bicubic": partial(imgproc.imresize, scale=scale)}
     if config.self_ensemble:
@@ -104,10 +205,9 @@ def score(path: Path, network: model.RCAN, sets: Mapping[str, dataset.Evaluation
     upscale(network, np.zeros((32, 32, 3), np.uint8))  # the first call is slower, and no image's time shall hold that
     utils.reset_peak_memory(runtime.device)
     for name, images in sets.items():
-        folder = config.test_dir(path) / name
 
-        def save(image_name: str, _lr: imgproc.RGB, sr: imgproc.RGB, _gt: imgproc.RGB, folder: Path = folder) -> None:
-            image_files.write_image(folder / f"{image_name}.png", sr)
+        def save(image_name: str, _lr: imgproc.RGB, sr: imgproc.RGB, _gt: imgproc.RGB, place: Path = folder / name) -> None:
+            image_files.write_image(place / f"{image_name}.png", sr)
 
         for method, upscaler in methods.items():
             on_image = save if config.save_images and method == "network" else None
@@ -115,7 +215,7 @@ def score(path: Path, network: model.RCAN, sets: Mapping[str, dataset.Evaluation
             found = utils.evaluate(upscaler, images, scale, runtime, on_image=on_image, progress=label)
             assert found is not None, "evaluation ends early only at a StopRequest"
             scores[method][name] = found
-    return Result(weights_name(path), scale, weights.describe(network), scores, utils.peak_memory(runtime.device))
+    return scores
 
 
 # Reports
@@ -149,17 +249,28 @@ def report(results: Sequence[Result], absent: Sequence[str], config: Config) -> 
     """The scores as Markdown: the protocol, and a table for each scale."""
     protocol = utils.PROTOCOL.format(scale="scale" if len(results) > 1 else results[0].upscale_factor)
     ensemble = "+ is the self-ensemble of 8, whose images are written" if config.self_ensemble else "no self-ensemble"
-    parts = [f"{config.degradation}: {protocol}, whole images, fp32, {ensemble}"]
+    given = all(result.given >= result.scores["network"].keys() for result in results)
+    parts = [f"{dataset.AS_GIVEN if given else config.degradation}: {protocol}, whole images, fp32, {ensemble}"]
     for scale in dict.fromkeys(result.upscale_factor for result in results):
         parts.append(table_of([result for result in results if result.upscale_factor == scale], scale, config))
+    uncounted = dict.fromkeys(
+        f"{name}/{image} ({why})"
+        for result in results
+        for sets in result.scores.values()
+        for name, scores in sets.items()
+        for image, why in scores.get("not_in_psnr", {}).items()
+    )
+    if uncounted:
+        parts.append(f"Not in the mean PSNR, as theirs is infinite or says little: {', '.join(uncounted)}.")
     if absent:
         parts.append(f"Not scored, as there is no such folder in {config.data_root}: {', '.join(absent)}.")
     return "\n\n".join(parts)
 
 
 def table_of(results: Sequence[Result], scale: int, config: Config) -> str:
-    sets = list(results[0].scores["network"])
-    rows = [[f"x{scale}, {config.degradation}", *sets]]
+    sets, given = list(results[0].scores["network"]), results[0].given
+    label = f"x{scale}, {dataset.AS_GIVEN if given.issuperset(sets) else config.degradation}"
+    rows = [[label, *(f"{name} ({dataset.AS_GIVEN})" if name in given else name for name in sets)]]
     rows.append(["bicubic", *(_cell(results[0].scores["bicubic"][name]) for name in sets)])
     for result in results:
         if "plain" in result.scores:
@@ -169,11 +280,12 @@ def table_of(results: Sequence[Result], scale: int, config: Config) -> str:
         rows.append([f"{label}: seconds an image", *(f"{result.scores['network'][name]['seconds']:.2f}" for name in sets)])
         if result.peak_memory is not None:
             rows.append([f"{label}: peak memory, GiB", f"{result.peak_memory:.2f}", *[""] * (len(sets) - 1)])
-    if config.degradation == "BI" and any(_SAME_SET.get(name, name) in PAPER_SETS for name in sets):
+    published = {name: "–" if name in given else _SAME_SET.get(name, name) for name in sets}
+    if config.degradation == "BI" and not {*PAPER_SETS}.isdisjoint(published.values()):
         for method, text in PAPER[scale].items():
             if config.self_ensemble or method != "RCAN+":
                 known = dict(zip(PAPER_SETS, text.split(", "), strict=True))
-                rows.append([f"*paper: {method}*", *(known.get(_SAME_SET.get(name, name), "–") for name in sets)])
+                rows.append([f"*paper: {method}*", *(known.get(published[name], "–") for name in sets)])
     return markdown_table(rows)
 
 
@@ -184,7 +296,7 @@ def _cell(scores: Scores) -> str:
 def write(folder: Path, results: Sequence[Result], absent: Sequence[str], config: Config) -> None:
     """Write metrics.json, metrics.csv with a row for each image, and report.md."""
     metrics = {result.name: metrics_of(result, config) for result in results}
-    files.write_text(folder / "metrics.json", json.dumps(metrics if len(results) > 1 else metrics[results[0].name], indent=2) + "\n")
+    files.write_text(folder / "metrics.json", to_json(metrics if len(results) > 1 else metrics[results[0].name], indent=2) + "\n")
     files.write_text(folder / "metrics.csv", rows_of(results, config))
     lines = [*(result.description for result in results), *(f"{name}: {value}" for name, value in provenance().items())]
     files.write_text(folder / "report.md", "\n".join([report(results, absent, config), "", *(f"- {line}" for line in lines), ""]))
@@ -194,15 +306,23 @@ def metrics_of(result: Result, config: Config) -> dict[str, Any]:
     """{set: the scores of the written images, the protocol, and the scores of the other methods}"""
     protocol = {
         "upscale_factor": result.upscale_factor,
-        "degradation": config.degradation,
         "self_ensemble": config.self_ensemble,
         "peak_memory_gib": result.peak_memory,
     }
     others = {method: sets for method, sets in result.scores.items() if method != "network"}
     return {
-        name: {**scores, **protocol, **{method: sets[name] for method, sets in others.items()}}
+        name: {
+            **scores,
+            "degradation": _degradation(result, name, config),
+            **protocol,
+            **{method: sets[name] for method, sets in others.items()},
+        }
         for name, scores in result.scores["network"].items()
     }
+
+
+def _degradation(result: Result, name: str, config: Config) -> str:
+    return dataset.AS_GIVEN if name in result.given else config.degradation
 
 
 def rows_of(results: Sequence[Result], config: Config) -> str:
@@ -213,15 +333,19 @@ def rows_of(results: Sequence[Result], config: Config) -> str:
     columns = [f"{method}_{metric}" for method in methods[1:] for metric in ("psnr", "ssim")]
     writer.writerow(("weights", "upscale_factor", "degradation", "self_ensemble", "set", "image", "psnr", "ssim", *columns, "seconds"))
     for result in results:
-        protocol = (result.name, result.upscale_factor, config.degradation, config.self_ensemble)
         for name, scores in result.scores["network"].items():
+            protocol = (result.name, result.upscale_factor, _degradation(result, name, config), config.self_ensemble)
             of_set = [result.scores[method][name] for method in methods]
             for image in scores["images"]:
                 values = [found["images"][image][metric] for found in of_set for metric in ("psnr", "ssim")]
-                writer.writerow((*protocol, name, image, *values, ""))
+                writer.writerow((*protocol, name, image, *map(_finite, values), ""))
             means = [found[metric] for found in of_set for metric in ("psnr", "ssim")]
-            writer.writerow((*protocol, name, "mean", *means, scores["seconds"]))
+            writer.writerow((*protocol, name, "mean", *map(_finite, means), scores["seconds"]))
     return text.getvalue()
+
+
+def _finite(value: float) -> float | str:
+    return value if math.isfinite(value) else ""
 
 
 if __name__ == "__main__":

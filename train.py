@@ -8,6 +8,10 @@ A run writes to results/<exp_name>: last.pth.tar, best.pth.tar, config.json, log
 `PixelStep` is one update, `Run.go` the only training loop; train_improved.py hands another step to the same loop.
 """
 
+import environment  # noqa: F401 (names missing packages)
+
+# isort: split
+
 import contextlib
 import math
 import sys
@@ -293,7 +297,7 @@ class Run:
         False if a stop was requested before the end; then nothing is kept, and the evaluation remains due.
         """
         config, progress = self.config, self.progress
-        scores: dict[str, float] = {}
+        scores, uncounted = dict[str, float](), list[str]()
         sheet = SampleSheet([pair.name for images in self.validation.values() for pair in images.pairs], config.upscale_factor)
         for name, images in self.validation.items():
             enlarge, keep = partial(upscale, self.ema.network), None if scores else sheet.add  # of the first set
@@ -301,6 +305,7 @@ class Run:
             if found is None:
                 return False
             scores |= {f"{name}/psnr": found["psnr"], f"{name}/ssim": found["ssim"]}
+            uncounted += [f"{name}/{image} ({why})" for image, why in found.get("not_in_psnr", {}).items()]
         progress.evaluated = progress.update
         psnr, ssim = list(scores.values())[:2] or (-math.inf, -math.inf)
         higher = psnr > progress.best_psnr or psnr == math.inf  # infinite where no image counts
@@ -309,6 +314,7 @@ class Run:
             log.write(progress.update, {"event": "evaluation", "seconds": round(progress.seconds, 1), **scores})
             text = ", ".join(f"{name} {scores[f'{name}/psnr']:.2f} dB / {scores[f'{name}/ssim']:.4f}" for name in self.validation)
             mark = f" (best by {config.best_metric})" if better else ""
+            mark += f"; not in the mean PSNR: {', '.join(uncounted)}" if uncounted else ""
             log.say(f"update {progress.update}, {progress.seconds / 60:.1f} min: {text}{mark}")
         if better:
             progress.best_psnr, progress.best_ssim = psnr, ssim

@@ -7,6 +7,10 @@
 IMPROVED_USAGE.md is the guide. The loop is train.py's; `AdversarialStep` is one update, after ESRGAN (Wang et al., 2018).
 """
 
+import environment  # noqa: F401 (names missing packages)
+
+# isort: split
+
 import os
 import sys
 from collections.abc import Sequence

@@ -20,7 +20,9 @@ import io
 import json
 import os
 import re
+import socket
 import statistics
+import sys
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -224,7 +226,13 @@ def find_vgg19(path: str = "") -> Path:
             return present
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(VGG19.address, str(cached), hash_prefix=VGG19.sha256_prefix)
+        print(f"downloading VGG19 (575 MB) from {VGG19.address} to {cached}", file=sys.stderr)
+        patience, before = 30.0, socket.getdefaulttimeout()  # seconds without a byte; torch.hub sets no limit
+        socket.setdefaulttimeout(patience)
+        try:
+            torch.hub.download_url_to_file(VGG19.address, str(cached), hash_prefix=VGG19.sha256_prefix)
+        finally:
+            socket.setdefaulttimeout(before)
     except (OSError, RuntimeError, HTTPException) as error:  # no network; another file; a proxy's answer
         raise OSError(f"VGG19's weights are absent and could not be downloaded ({error}): {_GET_VGG19}") from None
     return cached

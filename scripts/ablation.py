@@ -8,21 +8,26 @@ Each run is train.py or train_improved.py, then test.py, one after another; the 
 results/ablation/<variant>_<loss>_seed<seed>, the table to results/ablation/report.md.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import environment  # noqa: F401 (names missing packages)
+
+# isort: split
+
 import json
 import shlex
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import tyro
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import dataset
 import files

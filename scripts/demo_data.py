@@ -4,15 +4,20 @@ python scripts/demo_data.py --output data        # data/DemoTrain/GT/*.png and d
 """
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import environment  # noqa: F401 (names missing packages)
+
+# isort: split
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import skimage.data
 import tyro
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import image_files
 import imgproc

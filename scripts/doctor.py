@@ -32,12 +32,13 @@ for package in ("numpy", "cv2", "torch", "torchvision"):
 if not BROKEN and sys.version_info >= (3, 10):
     import torch
 
+    import checkpoints
     import dataset
     import model
     import utils
     import weights
-    from config import Config, parse
-    from runtime import run_script
+    from config import Config, parse, released_weights
+    from runtime import missing_compiler, run_script, try_device, unused_gpu
 
 OPENCV = ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless")  # any of them will do
 
@@ -47,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if problems := check_packages() or ([BROKEN] if BROKEN else []):
         raise SystemExit(f"error: {'; '.join(problems)}: run pip install -r {REPOSITORY / 'requirements.txt'}")
     config = parse(Config, None, argv)
-    say("device", describe_device(config))
     failing: dict[str, list[str]] = {"training": [], "testing": []}
+    check_device(config, failing)
     scales = check_weights(config, failing)
     decoded = check_data(config, scales, failing)
     check_disk(config, decoded, failing)
@@ -85,8 +86,8 @@ def check_packages() -> list[str]:
     return problems
 
 
-def describe_device(config: Config) -> str:
-    """Device, memory, and the precision of training."""
+def check_device(config: Config, failing: dict[str, list[str]]) -> None:
+    """Print device, memory and the precision of training, and try a convolution."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
@@ -96,8 +97,18 @@ def describe_device(config: Config) -> str:
         if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
             text += f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB"
     text += f"; precision={config.precision!r} is {utils.choose_precision(config.precision, device)} in training, fp32 in testing"
-    has_compiler = device.type == "cuda" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")))
-    return text + ("; compile=True, but no C++ compiler was found" if config.compile and not has_compiler else "")
+    say("device", text)
+    if unused := unused_gpu():
+        say("", unused)
+    if config.compile and (lacking := missing_compiler(device)):
+        say("", f"PROBLEM: {lacking}")
+        failing["training"].append("compile=True")
+    try:
+        try_device(device)
+    except ValueError as error:
+        say("", f"PROBLEM: {error}")
+        failing["training"].append(f"device {device}")
+        failing["testing"].append(f"device {device}")
 
 
 # Weights, data and disk
@@ -106,7 +117,15 @@ def describe_device(config: Config) -> str:
 def check_weights(config: Config, failing: dict[str, list[str]]) -> list[int]:
     """Load what test.py would load, and what training would start from; return the scales to test at."""
     scales = []
-    for path in config.weights_paths:
+    try:
+        paths = checkpoints.weights_to_test(config)
+    except OSError as error:
+        say("weights", f"PROBLEM: {error}")
+        failing["testing"].append(f"exp_name={config.exp_name!r}")
+        paths = ()
+    if paths == (released_weights(config.upscale_factor),) and not config.model_path:
+        say("weights", f"{config.experiment_dir} holds no run yet; test.py would score this repository's light network:")
+    for path in paths:
         try:
             network = weights.load(path)
             with torch.inference_mode():

@@ -8,6 +8,15 @@ Addresses, sizes and checksums are those that other repositories list (TensorFlo
 nobody has tried them from here. Data sets have terms of their own, mostly research only.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import environment  # noqa: F401 (names missing packages)
+
+# isort: split
+
 import contextlib
 import gzip
 import hashlib
@@ -17,7 +26,6 @@ import re
 import shutil
 import ssl
 import stat
-import sys
 import tarfile
 import time
 import zipfile
@@ -26,15 +34,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 import tyro
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import dataset
 import files

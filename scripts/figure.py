@@ -4,17 +4,22 @@ python scripts/figure.py --gt data/DemoTest/GT/chelsea.png --sr results/quicksta
 python scripts/figure.py --runs results/a results/b --levels VDSR=31.35 --output curve.png
 """
 
-import json
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import environment  # noqa: F401 (names missing packages)
+
+# isort: split
+
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
 import tyro
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import image_files
 import imgproc

@@ -13,23 +13,28 @@ this, prepared.json lists the files made here, each with the name, bytes and tim
 older image in the place of a newer one, and could not tell these files from yours.) Files that it doesn't list are never overwritten.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import environment  # noqa: F401 (names missing packages)
+
+# isort: split
+
 import filecmp
 import json
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import tyro
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import dataset
 import files

@@ -7,25 +7,30 @@ SR and GT images pair by name. SR names may go on after the GT name, as in babyx
 is printed; scores.csv and scores.json go to results/scores/<path of the SR folder>.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import environment  # noqa: F401 (names missing packages)
+
+# isort: split
+
 import csv
 import importlib.util
 import io
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import dataset
 import files
