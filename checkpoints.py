@@ -184,23 +184,22 @@ def read_newest(paths: Sequence[Path]) -> tuple[Path, Any, list[str]]:
     raise ValueError(f"{problems[0]}{others}; bring a copy back, or set another exp_name to start anew")
 
 
-def weights_to_test(config: Config) -> tuple[Path, ...]:
-    """`model_path`, else the run's best or last checkpoint, else this repository's own weights.
+def weights_to_test(model_path: str | tuple[str, ...], folder: Path, exp_name: str, upscale_factor: int) -> tuple[Path, ...]:
+    """The given weights, else the best or the last of the run in `folder`, else this repository's own.
 
     Raises:
-        FileNotFoundError: `exp_name` names no run.
+        FileNotFoundError: `exp_name` was given, but names no run.
     """
-    if config.model_path:
-        return tuple(map(Path, (config.model_path,) if isinstance(config.model_path, str) else config.model_path))
-    for path in (config.experiment_dir / name for name in (BEST, LAST)):
+    if model_path:
+        return tuple(map(Path, (model_path,) if isinstance(model_path, str) else model_path))
+    for path in (folder / name for name in (BEST, LAST)):
         if path.is_file():
             return (path,)
-    if config.exp_name:
+    if exp_name:
         raise FileNotFoundError(
-            f"{config.experiment_dir.absolute()}: holds no {BEST} and no {LAST}; correct exp_name={config.exp_name!r}, or give weights "
-            "with --model_path"
+            f"{folder.absolute()}: holds no {BEST} and no {LAST}; correct exp_name={exp_name!r}, or give weights with --model_path"
         )
-    return (released_weights(config.upscale_factor),)
+    return (released_weights(upscale_factor),)
 
 
 # Checking and restoring

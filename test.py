@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Score every file of `model_path` on `test_sets`."""
     config = parse(Config, "test", argv)
     runtime = start_runtime()
-    paths = checkpoints.weights_to_test(config)
+    paths = checkpoints.weights_to_test(config.model_path, config.experiment_dir, config.exp_name, config.upscale_factor)
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError(f"model_path={config.model_path!r} names a file twice: name each once")
     networks = {path: weights.load(path) for path in paths}  # all weights and sets first: a mistake costs no time

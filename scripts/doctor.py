@@ -118,7 +118,7 @@ def check_weights(config: Config, failing: dict[str, list[str]]) -> list[int]:
     """Load what test.py would load, and what training would start from; return the scales to test at."""
     scales = []
     try:
-        paths = checkpoints.weights_to_test(config)
+        paths = checkpoints.weights_to_test(config.model_path, config.experiment_dir, config.exp_name, config.upscale_factor)
     except OSError as error:
         say("weights", f"PROBLEM: {error}")
         failing["testing"].append(f"exp_name={config.exp_name!r}")

@@ -1,19 +1,21 @@
 """Checkpoints: a whole one on the disk at any moment, kept in a row, found and checked when a run resumes."""
 
 import errno
+import math
 import os
 import random
 import shutil
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 
 import checkpoints
 import weights
-from config import Config
+from config import Config, released_weights
 from helpers import REPOSITORY, write_set
 from runs import same, tensors
 
@@ -248,3 +250,30 @@ def test_a_training_on_a_full_disk_ends_with_one_sentence_and_keeps_what_it_has_
         assert not list(disk.rglob("*.part"))
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_the_weights_to_test_are_given_or_the_best_or_the_last_or_the_released(tmp_path):
+    def found(**settings):
+        config = Config(results_dir=str(tmp_path), **settings)
+        return checkpoints.weights_to_test(config.model_path, config.experiment_dir, config.exp_name, config.upscale_factor)
+
+    assert found() == (released_weights(4),)
+    with pytest.raises(FileNotFoundError, match="typo"):  # a name that was given is not replaced by other weights
+        found(exp_name="typo")
+    (tmp_path / "rcan_x4").mkdir()
+    for name in ("last.pth.tar", "best.pth.tar"):
+        (tmp_path / "rcan_x4" / name).touch()
+        assert found() == (tmp_path / "rcan_x4" / name,)
+    assert found(model_path="w.pth") == (Path("w.pth"),)
+    assert found(model_path=("a.pth", "b.pth"), exp_name="typo") == (Path("a.pth"), Path("b.pth"))
+
+
+def test_a_best_score_counts_while_its_file_and_its_images_are_there(tmp_path):
+    last, checkpoint = tmp_path / "last.pth.tar", {"best_psnr": 30.0, "validation": "a"}
+    assert "best.pth.tar" in checkpoints.outdated_best(checkpoint, last, tmp_path, "a")  # it was not copied along
+    (tmp_path / "best.pth.tar").touch()
+    assert checkpoints.outdated_best(checkpoint, last, tmp_path, "a") == ""
+    assert "valid_sets" in checkpoints.outdated_best(checkpoint, last, tmp_path, "b")
+    assert checkpoints.outdated_best({"best_psnr": 30.0}, last, tmp_path, "b") == ""  # older checkpoints don't tell
+    assert checkpoints.outdated_best(checkpoint, tmp_path / "other" / "last.pth.tar", tmp_path, "a")
+    assert checkpoints.outdated_best({**checkpoint, "best_psnr": -math.inf}, last, tmp_path, "b") == ""  # there is none

@@ -10,7 +10,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from config import Config, parse, released_weights, weights_name
+from config import Config, parse
 from config_improved import ImprovedConfig, parse_improved
 from helpers import REPOSITORY, write_set
 
@@ -277,63 +277,28 @@ def test_what_follows_is_computed():
     assert Config().experiment_dir.as_posix() == "results/rcan_x4"
 
 
-def test_the_weights_to_test_are_given_or_the_best_or_the_released(tmp_path):
-    assert Config(results_dir=str(tmp_path)).weights_paths == (released_weights(4),)
-    (tmp_path / "rcan_x4").mkdir()
-    (tmp_path / "rcan_x4" / "last.pth.tar").touch()
-    assert Config(results_dir=str(tmp_path)).weights_paths == (tmp_path / "rcan_x4" / "last.pth.tar",)
-    (tmp_path / "rcan_x4" / "best.pth.tar").touch()
-    assert Config(results_dir=str(tmp_path)).weights_paths == (tmp_path / "rcan_x4" / "best.pth.tar",)
-    assert Config(results_dir=str(tmp_path), model_path="w.pth").weights_paths == (Path("w.pth"),)
-    assert Config(results_dir=str(tmp_path), model_path=("a.pth", "b.pth")).weights_paths == (Path("a.pth"), Path("b.pth"))
-    assert parse(Config, "test", ["--model_path", "a.pth", "b.pth"]).model_path == ("a.pth", "b.pth")
-    assert parse(Config, "test", ["--model_path", "a.pth"]).model_path == "a.pth"
-
-
 @pytest.mark.parametrize(
     ("settings", "folder"),
     [
-        ({}, "rcan_light_x4/test"),
-        ({"model_path": "results/mine/best.pth.tar"}, "mine/test"),
-        ({"model_path": "downloads/RCAN_x4-DIV2K.pth.tar"}, "RCAN_x4-DIV2K/test"),
-        ({"model_path": "results/mine/best.pth.tar", "exp_name": "again"}, "again/test"),
-        ({"degradation": "BD"}, "rcan_light_x4/test_BD"),
-        ({"self_ensemble": True}, "rcan_light_x4/test_plus"),
-        ({"degradation": "DN", "self_ensemble": True}, "rcan_light_x4/test_DN_plus"),
-        ({"model_path": ("a.pth", "b.pth")}, "table/test"),
-        ({"model_path": ("a.pth", "b.pth"), "exp_name": "all"}, "all/test"),
+        ({"model_arch_name": "rcan_light_x4", "channels": 100}, "rcan_light_x4_c100"),
+        ({"num_rg": 2, "num_rcab": 3, "reduction": 8, "initial_channel_gate": 0.9}, "rcan_x4_r8_g2_b3"),  # gates change no shape
+        ({"degradation": "BD", "channels": 100, "exp_name": "mine"}, "mine"),
+        ({"degradation": "BD"}, "rcan_x4_BD"),
     ],
 )
-def test_scores_are_filed_under_the_weights_name_and_the_protocol(tmp_path, settings, folder):
-    assert Config(results_dir=str(tmp_path), **settings).test_dir() == tmp_path / folder
+def test_a_runs_folder_says_what_differs_from_the_named_network(settings, folder):
+    assert Config(**settings).experiment_dir.as_posix() == f"results/{folder}"
 
 
-def test_a_file_that_shares_a_runs_name_is_not_filed_there(tmp_path):
-    (tmp_path / "rcan_x4").mkdir()
-    (tmp_path / "rcan_x4" / "last.pth.tar").touch()
-    settings = {"results_dir": str(tmp_path)}
-    assert Config(**settings, model_path="pretrained/rcan_x4.pt").test_dir() == tmp_path / "rcan_x4_file" / "test"
-    assert Config(**settings).test_dir() == tmp_path / "rcan_x4" / "test"
-    several = Config(**settings, model_path=("pretrained/rcan_x4.pt", "pretrained/rcan_x2.pt"))
-    assert several.test_dir(Path("pretrained/rcan_x4.pt")) == tmp_path / "rcan_x4_file" / "test"
-    assert several.test_dir(Path("pretrained/rcan_x2.pt")) == tmp_path / "rcan_x2" / "test"
+def test_a_list_that_is_given_twice_is_refused_as_the_first_would_be_dropped():
+    with pytest.raises(ValueError, match="train_sets"):
+        parse(Config, "train", ["--train_sets", "A", "--train_sets", "B"])
+    assert parse(Config, "train", ["--epochs", "2", "--epochs", "3"]).epochs == 3  # as after a wrapper's own options
 
 
-def test_weights_always_have_a_name(tmp_path, monkeypatch):
-    (tmp_path / "mine").mkdir()
-    monkeypatch.chdir(tmp_path / "mine")
-    assert [weights_name(Path(name)) for name in ("best.pth.tar", "../x/last.pth.tar", ".hidden.pth", "a.b.pth")] == [
-        "mine",
-        "x",
-        "hidden",
-        "a",
-    ]
-
-
-def test_several_weights_have_a_folder_each(tmp_path):
-    both = {"results_dir": str(tmp_path), "model_path": ("x/a.pth", "run/best.pth.tar")}
-    assert Config(**both).test_dir(Path("run/best.pth.tar")) == tmp_path / "run" / "test"
-    assert Config(**both, exp_name="all").test_dir(Path("x/a.pth")) == tmp_path / "all" / "test" / "a"
+def test_a_home_folder_that_only_shells_know_is_refused():
+    with pytest.raises(ValueError, match="data_root"):
+        parse(Config, "train", ["--data_root=~/data"])
 
 
 def test_what_the_model_is_told():

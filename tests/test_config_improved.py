@@ -170,7 +170,8 @@ def test_the_help_shows_the_presets_values(capsys):
 # What follows
 
 
-def test_the_runs_folder_names_the_model_and_the_preset():
+def test_the_runs_folder_names_the_model_the_preset_and_what_differs():
+    assert preset("light", channels=32).experiment_dir.as_posix() == "results/rcan_light_cbam_x4_light_c32"
     assert preset("light").experiment_dir.as_posix() == "results/rcan_light_cbam_x4_light"
     assert ImprovedConfig().experiment_dir.as_posix() == "results/rcan_cbam_x4_psnr"
     assert preset("perceptual", results_dir="runs").experiment_dir.as_posix() == "runs/rcan_cbam_x4_perceptual"

@@ -253,7 +253,7 @@ def test_the_command_ends_with_the_right_code(tmp_path, network_path):
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "out/a.png") in done.stdout
     for given in ("in", "in/b.png"):
-        done = command("--input", given, "--output", "out")
+        done = command("--input", given, "--output", "out", "--existing", "overwrite")
         assert done.returncode == 1
         assert "in/b.png" in done.stderr.strip().splitlines()[-1]
     assert command("--output", "out").returncode == 2

@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from pytest import approx
 import image_files
 import imgproc
 import weights
-from config import released_weights
+from config import Config, released_weights
 from helpers import REPOSITORY, drawn_image, tiny, write_set
 from upscaling import upscale
 
@@ -119,7 +121,12 @@ def test_self_ensemble_has_its_own_folder_and_the_plain_scores_beside_it(place, 
     assert (printed["w2"], printed["w2+"]) == ([cell(plain)], [cell(plus)])
     first = rows(place / "results" / "w2" / "test_plus")[0]
     assert (float(first["plain_psnr"]), float(first["psnr"])) == (plain["images"]["a"]["psnr"], plus["images"]["a"]["psnr"])
-    assert sorted(path.name for path in (place / "results" / "w2" / "test_plus").iterdir()) == ["metrics.csv", "metrics.json", "report.md"]
+    assert sorted(path.name for path in (place / "results" / "w2" / "test_plus").iterdir()) == [
+        "made_from.json",
+        "metrics.csv",
+        "metrics.json",
+        "report.md",
+    ]
 
 
 def test_several_weights_make_one_table_beside_the_paper(place, score):
@@ -160,7 +167,7 @@ def test_another_degradation_is_warned_of_and_not_compared_with_the_paper(place,
         (["--model_path", "w2.pth", "gone.pth", "--test_sets", "Own"], ["gone.pth"]),
         (["--model_path", "w2.pth", "notes.txt", "--test_sets", "Own"], ["notes.txt"]),
         (["--model_path", "cut.pth", "--test_sets", "Own"], ["cut.pth", "conv1.bias"]),
-        (["--model_path", "w2.pth", "other/w2.pth", "--test_sets", "Own"], ["model_path", "w2, w2"]),
+        (["--exp_name", "typo", "--test_sets", "Own"], ["results/typo", "exp_name"]),
         (["--model_path", "w2.pth", "w2.pth", "--test_sets", "Own"], ["model_path"]),
         (["--model_path", "w2.pth", "--test_sets"], ["test_sets"]),
         (["--model_path", "w2.pth", "--test_sets", "Gone", "Gone2"], ["data/Gone"]),
@@ -222,3 +229,99 @@ def test_the_released_weights_score_what_the_documents_say(data_root, tmp_path):
             approx(ssim, abs=0.00006),
             approx(bicubic, abs=0.006),
         )
+
+
+# Where scores are filed
+
+
+@pytest.fixture
+def module(place, monkeypatch):
+    """The functions of test.py, whose name belongs to one of Python's own modules."""
+    return runpy.run_path(SCRIPT)
+
+
+def folders(module, *paths, **settings):
+    config = Config(model_path=tuple(map(str, paths)), **settings)
+    found = module["choose_folders"](config, [Path(path) for path in paths])
+    return list(dict.fromkeys(folder.as_posix() for folder in found.values()))
+
+
+@pytest.mark.parametrize(
+    ("paths", "settings", "expected"),
+    [
+        (["results/mine/best.pth.tar"], {}, ["mine/test"]),
+        (["best.pth.tar"], {}, ["PLACE/test"]),  # the folder that it lies in
+        (["downloads/RCAN_x4-DIV2K.pth.tar"], {}, ["RCAN_x4-DIV2K/test"]),
+        (["RCAN_psnr31.52.pth"], {}, ["RCAN_psnr31.52/test"]),
+        ([".hidden.safetensors"], {}, ["hidden/test"]),
+        (["results/mine/best.pth.tar"], {"exp_name": "again"}, ["again/test"]),
+        (["a.pth"], {"degradation": "BD"}, ["a/test_BD"]),
+        (["a.pth"], {"self_ensemble": True}, ["a/test_plus"]),
+        (["a.pth"], {"degradation": "DN", "self_ensemble": True}, ["a/test_DN_plus"]),
+        (["a.pth", "run/best.pth.tar"], {}, ["a/test", "run/test", "table/test"]),
+        (["A/net_g.pth", "B/net_g.pth"], {}, ["net_g/test", "B_net_g/test", "table/test"]),
+        (["A/net_g.pth", "B/net_g.pth"], {"exp_name": "all"}, ["all/test/net_g", "all/test/B_net_g", "all/test"]),
+    ],
+)
+def test_scores_are_filed_under_the_weights_name_and_the_protocol(module, place, paths, settings, expected):
+    assert folders(module, *paths, **settings) == [f"results/{folder.replace('PLACE', place.name)}" for folder in expected]
+
+
+def test_scores_of_other_weights_stay_as_they_are(module, place):
+    for path in ("A/net_g.pth", "B/net_g.pth", "results/rcan_x4/best.pth.tar", "C/rcan_x4.pt", "A/w.pth", "B/w.pth"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).touch()
+    assert folders(module, "C/rcan_x4.pt")[0] == "results/C_rcan_x4/test"  # results/rcan_x4 is a run's
+    taken = Path(folders(module, "A/net_g.pth")[0])
+    module["take"](taken, [Path("A/net_g.pth")])
+    assert folders(module, "A/net_g.pth")[0] == "results/net_g/test"  # the same file again
+    assert folders(module, "B/net_g.pth")[0] == "results/B_net_g/test"
+    with pytest.raises(ValueError, match="exp_name"):
+        folders(module, "B/net_g.pth", exp_name="net_g")
+    module["take"](Path("results/table/test"), [Path("A/w.pth"), Path("B/w.pth")])
+    assert folders(module, "A/w.pth", "A/net_g.pth")[-1] == "results/table_2/test"
+
+
+@pytest.mark.slow
+def test_two_files_of_one_name_have_two_reports(place, score):
+    for folder, offset in (("A", 0.0), ("B", 0.1)):
+        network = tiny(2)
+        network.conv3.bias.data += offset
+        weights.export(network, place / folder / "net_g.pth")
+        assert score("--model_path", f"{folder}/net_g.pth", "--test_sets", "Own")[0] == 0
+    found = [metrics(place / "results" / name / "test")["Own"]["psnr"] for name in ("net_g", "B_net_g")]
+    assert found[0] != found[1]
+
+
+# LR images that are not what they seem, and images that say nothing
+
+
+def test_lr_images_of_another_program_are_labelled_and_never_beside_the_paper(place, score):
+    """Nearest-neighbour LR, in a set that the paper scores."""
+    write_set(place / "data" / "Set5", [(46, 40)] * 5)
+    for file in (place / "data/Set5/GT").iterdir():
+        gt = imgproc.crop_to_multiple(image_files.read_image(file), 2)
+        image_files.write_image(place / "data/Set5/LRbicx2" / file.name, np.ascontiguousarray(gt[::2, ::2]))
+    code, out, _ = score("--model_path", "w2.pth", "--test_sets", "Own", "Set5")
+    assert code == 0
+    found = metrics(place / "results/w2/test")
+    assert [found[name]["degradation"] for name in ("Own", "Set5")] == ["BI", "LR as given"]
+    assert not [row for row in table(out) if row.startswith("paper")]
+    shutil.rmtree(place / "data/Set5/LRbicx2")
+    _, out, _ = score("--model_path", "w2.pth", "--test_sets", "Set5")
+    assert [row for row in table(out) if row.startswith("paper")]
+    assert metrics(place / "results/w2/test")["Set5"]["degradation"] == "BI"
+
+
+def test_flat_images_do_not_count_in_the_mean_psnr_of_any_method(place, score):
+    image_files.write_image(place / "data/Own/GT/flat.png", np.full((40, 40, 3), 128, np.uint8))
+    code, out, _ = score("--model_path", "w2.pth", "--test_sets", "Own")
+    assert code == 0
+    text = (place / "results/w2/test/metrics.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["Own"]
+    assert found["psnr"] == approx(np.mean([found["images"][name]["psnr"] for name in "ab"]))
+    assert found["ssim"] == approx(np.mean([found["images"][name]["ssim"] for name in ("a", "b", "flat")]))
+    assert found["bicubic"]["images"]["flat"]["psnr"] is None  # bicubic repeats it exactly
+    assert found["bicubic"]["psnr"] == approx(np.mean([found["bicubic"]["images"][name]["psnr"] for name in "ab"]))
+    assert list(found["not_in_psnr"]) == ["flat"]
+    assert "Own/flat" in out

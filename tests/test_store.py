@@ -252,6 +252,7 @@ def test_a_worker_needs_little_memory_of_its_own(tmp_path):
 import dataset, os, pathlib
 from store import PairStore
 folder, sizes = pathlib.Path({str(tmp_path)!r}), [(8000, 8000)] * 8
+(folder / "manifest.json").write_text('{{"checksums": []}}')
 store = PairStore(folder, sizes, 4)
 for file, side in (("gt.bin", 8000), ("lr.bin", 2000)):
     with open(folder / file, "wb") as empty:
