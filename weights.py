@@ -6,12 +6,14 @@
     weights.export_onnx(network, "rcan_x4.onnx")
     vgg19 = weights.read_vgg19()                               # for losses.PerceptualLoss
 
-The keys alone tell which of the layouts in `layouts.py` a file has. Checkpoints, EMA copies and the prefixes of DataParallel or
-torch.compile around the weights are removed.
+The keys alone tell which of the layouts in `layouts.py` a file has. Wherever the network stands in a file, and whatever its keys begin
+with, it is found when all of its tensors are there and no other is among them. EMA weights come first.
 """
 
+import argparse
 import contextlib
 import copy
+import datetime
 import errno
 import functools
 import hashlib
@@ -19,15 +21,17 @@ import importlib.util
 import io
 import json
 import os
+import pickle
 import re
 import socket
 import statistics
 import sys
+import types
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from http.client import HTTPException
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,7 +49,8 @@ from layouts import LAYOUTS, MEAN_SHIFT, NATIVE, OFFICIAL, RCAN_IT, RCAN_IT_MARK
 def read(path: str | os.PathLike) -> Any:
     """The content of a PyTorch or safetensors file, as plain types and tensors on the CPU; no code in it is run.
 
-    The checksums in PyTorch's files are compared, which PyTorch itself does not do.
+    NumPy's numbers and arrays come back as Python's numbers and lists. The checksums in PyTorch's files are compared, which PyTorch
+    itself does not do.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -61,7 +66,7 @@ def read(path: str | os.PathLike) -> Any:
             "(in training, with --pretrained_model_path or --resume)"
         )
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_PLAIN_NUMBERS), open(path, "rb") as file:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS), open(path, "rb") as file:
             warnings.simplefilter("ignore")  # the errors below name the file
             if path.suffix == ".safetensors" or file.read(9)[8:] == b"{":  # after the header's length
                 return _read_safetensors(path)
@@ -79,8 +84,50 @@ def read(path: str | os.PathLike) -> Any:
         raise ValueError(f"{path}: can't be read safely as weights ({_reason(error, path)})") from None
 
 
-# NumPy's scalars, which many checkpoints hold as their best PSNR
-_PLAIN_NUMBERS: list[Any] = [np.float64(0).__reduce__()[0], np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8"))]
+# What trainers keep beside the weights. A file may call each of these with arguments of its own, so they only make plain values.
+# NumPy's own constructors are not among them: they trust a file on how memory is laid out.
+
+
+class _Dtype:
+    """In place of numpy.dtype."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.byte_order, self.code = "=", code  # such as "<" and "f8"
+
+    def __setstate__(self, state: tuple) -> None:
+        self.byte_order = state[1]
+
+    def values(self, shape: tuple[int, ...], data: bytes, order: Any = "C") -> np.ndarray:
+        name = f"{self.byte_order}{self.code}"
+        if not re.fullmatch(r"[<>=|][biufcSU]\d+", name):  # booleans, numbers and text; no objects
+            raise pickle.UnpicklingError(f"GLOBAL numpy.dtype({name!r})")  # for `_reason`
+        return np.ndarray(shape, name, data, order=order)
+
+
+class _Array(list):
+    """In place of numpy.ndarray."""
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, is_fortran, data = state
+        self[:] = np.atleast_1d(dtype.values(shape, data, "F" if is_fortran else "C")).tolist()
+
+
+_NUMPY = ("numpy._core.multiarray", "numpy.core.multiarray")  # NumPy 2 and 1
+_PATHS = {"PosixPath": PurePosixPath, "PurePosixPath": PurePosixPath, "WindowsPath": PureWindowsPath, "PureWindowsPath": PureWindowsPath}
+_HARMLESS: list[Any] = [
+    *(bool, int, float, str, bytes, list, tuple, dict, frozenset, range, slice),
+    *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
+    *(argparse.Namespace, types.SimpleNamespace),
+    (lambda *_: {}, "collections.defaultdict"),
+    (str, "torch.torch_version.TorchVersion"),
+    *((kind, f"{module}.{name}") for name, kind in _PATHS.items() for module in ("pathlib", "pathlib._local")),
+    *((_Dtype, "numpy.dtype"), (_Array, "numpy.ndarray")),
+    *((_Array, f"{module}._reconstruct") for module in _NUMPY),
+    *((lambda dtype, data: dtype.values((), data).item(), f"{module}.scalar") for module in _NUMPY),
+]
 _METADATA = "rcan"  # our record in a safetensors file
 
 
@@ -98,7 +145,7 @@ def _reason(error: Exception, path: Path) -> str:
         return "it is a web page, which some download links give to programs; download it with a browser"
     if "TorchScript" in text:
         return "it is a TorchScript program; save its state_dict() instead"
-    if found := re.search(r"GLOBAL (\S+)", text):
+    if found := re.search(r"(?:GLOBAL|but got|function) (<.*?>|\S+)", text):
         return f"it holds code or objects beside the weights, such as {found[1].rstrip('.,')}; save a state dict of tensors alone"
     if "Unsupported operand" in text and start.startswith(b"\x80"):
         return "it is another program's pickle, which may hold code; save a state dict with torch.save"
@@ -115,13 +162,12 @@ def load(path: str | os.PathLike) -> model.RCAN:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no RCAN, or any tensor is missing, unexpected, of another shape or not finite. All are listed.
+        ValueError: it holds no RCAN, or several, or any tensor is missing, unexpected, of another shape or not finite.
     """
     found = read(path)
     with _naming(path):
-        state, kind = _unwrap(found)
-        network = _build(state)
-    network.source = f"{path}, {network.source}, {kind}"
+        network = _find(found)
+    network.source = f"{path}, {network.source}"
     if isinstance(found, Mapping):  # our checkpoints hold the settings, our exports the degradation
         settings = found.get("config")
         recorded = found.get("degradation", settings.get("degradation") if isinstance(settings, Mapping) else None)
@@ -185,8 +231,8 @@ def transfer(network: model.RCAN, path: str | os.PathLike) -> str:
     parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in taken))
     dropped = sorted(given.keys() - taken.keys())
     lines = [f"started from {source.source} (x{source.upscale_factor}): {len(taken)} of its {len(given)} tensors, of {parts}"]
-    lines += [f"    new, not in the file or of another scale: {', '.join(sorted(kept))}"] if kept else []
-    lines += [f"    left out of the file: {', '.join(dropped)}"] if dropped else []
+    lines += [f"    new, not in the file or of another scale: {_listed(sorted(kept))}"] if kept else []
+    lines += [f"    left out of the file: {_listed(dropped)}"] if dropped else []
     return "\n".join(lines)
 
 
@@ -384,80 +430,107 @@ def _naming(source: str | os.PathLike) -> Iterator[None]:
         raise ValueError(f"{source}: {error}") from None
 
 
-def _unwrap(found: Any) -> tuple[State, str]:
-    """The weights in a file's content, and which they are; EMA weights come before others."""
-    candidates = sorted(_candidates(found), key=lambda candidate: _rank(candidate[0]))  # stable
-    if not candidates:
+class _Family(NamedTuple):
+    """Entries of one mapping that may be a network's: those whose names begin with the same prefix."""
+
+    key: str  # where they stand in the file, with the prefix; empty for the file itself
+    ema: str  # the key that shows that they are EMA weights; empty where none does
+    state: State  # without the prefix
+    beside: list[str]  # the mapping's other entries, as far as their names tell
+
+
+def _find(found: Any) -> model.RCAN:
+    """The network in a file's content: the family that a layout fits exactly.
+
+    Where there are EMA weights, no others are taken, even if the EMA weights fit no layout. Networks that differ are refused.
+    """
+    families = list(_families(found))
+    if not families:
         raise ValueError(_unknown(found))
-    path, state = candidates[0]
-    rivals = [".".join(other) for other, _ in candidates if _rank(other) == _rank(path)]
-    if _rank(path) == _UNKNOWN and len(rivals) > 1:
-        raise ValueError(f"holds several networks, {', '.join(rivals)}; save the state dict of one")
-    strange = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
-    if strange:
-        raise ValueError(f"holds {', '.join(strange)} among its weights, which are no tensors")
-    stripped, is_ema = _strip(dict(state))
-    key = ".".join(path) if _rank(path) == 0 else "n_averaged"
-    return stripped, f"EMA weights ({key})" if is_ema or _rank(path) == 0 else "weights as trained"
+    fitting: list[tuple[_Family, model.RCAN]] = []
+    errors: dict[int, str] = {}
+    for family in [family for family in families if family.ema] or families:
+        try:
+            fitting.append((family, _build(family.state)))
+        except ValueError as error:
+            errors.setdefault(len(family.state), f"{family.key}: {error}".removeprefix(": "))
+    if not fitting:
+        raise ValueError(errors[max(errors)])  # the largest is most likely the one that was meant
+    (chosen, network), *others = fitting
+    if not all(_equal(network, other) for _, other in others):
+        keys = [family.key or "the file itself" for family, _ in fitting]
+        raise ValueError(f"holds several networks, {_listed(keys)}; save the state dict of one")
+    network.source += f", EMA weights ({chosen.ema})" if chosen.ema else ", weights as trained"
+    network.source += f", without {_listed(chosen.beside)}" if chosen.beside else ""
+    return network
+
+
+def _families(found: Any, path: tuple[str, ...] = ()) -> Iterator[_Family]:
+    """A family for every prefix before a layout's mark, in every mapping and list inside; an entry belongs to its longest prefix."""
+    inside = found.items() if isinstance(found, Mapping) else enumerate(found) if isinstance(found, list | tuple) else ()
+    entries = {str(key): value for key, value in inside}
+    counters = {name for name in entries if name.rpartition(".")[2] == "n_averaged"}
+    averages = tuple(counter.removesuffix("n_averaged") + "module." for counter in counters)  # AveragedModel's
+    of_networks = (name for name, value in entries.items() if name not in counters and (isinstance(value, Tensor) or "." in name))
+    names = {name: _WRAPPERS.sub("", name) for name in of_networks}
+    marks = [_MARKS.search(short) for name, short in names.items() if isinstance(entries[name], Tensor)]
+    prefixes = list(dict.fromkeys(mark.string[: mark.start()] for mark in marks if mark))
+    for prefix in prefixes:
+        longer = tuple(other for other in prefixes if len(other) > len(prefix))
+        state: State = {}
+        beside: dict[str, None] = {}
+        for name, short in names.items():
+            if short.startswith(prefix) and not short.startswith(longer):
+                cut = short.removeprefix(prefix)
+                state[name if cut in state else cut] = entries[name]  # the second of a name is refused as unexpected
+            else:
+                beside[".".join(short.split(".")[: prefix.count(".") or 1])] = None
+        key = ".".join(filter(None, (*path, prefix.removesuffix("."))))
+        is_average = any(name.startswith(averages) and short.startswith(prefix) for name, short in names.items())
+        yield _Family(key, key if _EMA.search(key) else "n_averaged" if is_average else "", state, list(beside))
+    if len(path) < 4:  # a file may hold itself
+        for name, value in entries.items():
+            yield from _families(value, (*path, name))
 
 
 _EMA = re.compile(r"(?:^|[_.-])ema(?:$|[_.-])", re.IGNORECASE)
-_KEYS = ("state_dict", "model_state_dict", "params", "model", "net", "netG", "net_g", "generator", "network")
-_UNKNOWN = 3
+_MARKS = re.compile("|".join(rf"(?:^|(?<=\.)){layout.mark}" for layout in LAYOUTS.values()))
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
-def _rank(path: tuple[str, ...]) -> int:
-    """0 for EMA weights, then those under a known key, those that are the file itself, and others."""
-    if any(map(_EMA.search, path)):
-        return 0
-    return (1 if set(path) <= set(_KEYS) else _UNKNOWN) if path else 2
+def _equal(first: model.RCAN, second: model.RCAN) -> bool:
+    ours, theirs = first.state_dict(), second.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def _candidates(found: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
-    """Every mapping inside that names an RCAN's tensors, with the keys that lead to it."""
-    if not isinstance(found, Mapping) or len(path) > 4:
-        return
-    tensors = {name for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    if any(_MARKS.search(name) for name in tensors):
-        yield path, found
-        for key in {name.split(".")[0] for name in tensors}:  # several networks in one flat mapping, as netG.… and netD.…
-            if key in _KEYS or _EMA.search(key):
-                yield (*path, key), {name.removeprefix(f"{key}."): found[name] for name in tensors if name.startswith(f"{key}.")}
-    for key, value in found.items():
-        yield from _candidates(value, (*path, str(key)))
-
-
-_MARKS = re.compile("|".join(rf"(?:^|\.){layout.mark}" for layout in LAYOUTS.values()))
+def _listed(names: Iterable[str]) -> str:
+    """At most ten names, and how many more there are."""
+    first, more = (names := list(names))[:10], len(names) - 10
+    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
 
 
 def _unknown(found: Any) -> str:
     """What is there instead of an RCAN."""
     names = list(map(str, found)) if isinstance(found, Mapping) else [type(found).__name__]
-    shown = (", ".join(names[:6]) or "nothing") + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    return f"holds no RCAN of a known layout ({', '.join(LAYOUTS)}), but {shown}; the README lists the files that can be opened"
+    return (
+        f"holds no RCAN of a known layout ({', '.join(LAYOUTS)}), but {_listed(names) or 'nothing'}; "
+        "the README lists the files that can be opened"
+    )
 
-
-def _strip(state: State) -> tuple[State, bool]:
-    """The state dict without prefixes of DataParallel, torch.compile, EMA wrappers and trainers, and whether it is an EMA's."""
-    names = {name: _WRAPPERS.sub("", name) for name in state if name.rpartition(".")[2] != "n_averaged"}
-    is_ema = len(names) < len(state)
-    while prefix := next((prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in names.values())), None):
-        names = {name: _WRAPPERS.sub("", short.removeprefix(prefix)) for name, short in names.items()}
-    stripped: State = {}
-    for name, short in names.items():
-        if short in stripped:
-            raise ValueError(f"holds {short} twice, with and without a prefix; save one network's state dict")
-        stripped[short] = state[name]
-    return stripped, is_ema
-
-
-_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod)\.")
-_PREFIXES = ("netG.", "net_g.", "generator.", "model.", "net.", "network.")
 
 # From a state dict of any layout to a network
 
 
 def _build(state: Mapping[str, Tensor]) -> model.RCAN:
+    if strange := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"holds {_listed(strange)} among its weights, which are no tensors")
+    quantised = [name for name, tensor in state.items() if tensor.dtype in _QUANTISED]
+    if any(map(_MARKS.match, quantised)):  # not just a random number generator's state
+        kind = str(state[quantised[0]].dtype).removeprefix("torch.")
+        raise ValueError(
+            f"holds quantised weights ({len(quantised)} tensors are {kind}, first {quantised[0]}); "
+            "take the file from before they were quantised, in fp32, bf16 or fp16"
+        )
     layout = _recognise(state)
     size = _count(layout, state)
     names = layout.names(size)
@@ -466,14 +539,15 @@ def _build(state: Mapping[str, Tensor]) -> model.RCAN:
     to_native = {theirs: ours for ours, theirs in names.items()}
     wide = {to_native.get(name, name): tensor.detach().to(torch.float64) for name, tensor in state.items()}
     converted = {name: tensor.to(torch.float32) for name, tensor in layout.to_native(wide).items()}
-    _refuse(
-        (f"{names.get(name, name)} is too large for float32" for name, tensor in converted.items() if not tensor.isfinite().all()), layout
-    )
+    _refuse([("too large for float32", names.get(name, name)) for name, tensor in converted.items() if not tensor.isfinite().all()], layout)
     network.load_state_dict(converted)
     network.arguments["mean"] = tuple(network.mean.flatten().tolist())
     stored = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values() if tensor.is_floating_point()} - {"float32"})
     network.source = layout.title(state) + (f", stored as {' and '.join(stored)}" if stored else "")
     return network.eval().to(memory_format=torch.channels_last)  # as in training, so that scores agree to the last digit
+
+
+_QUANTISED = (torch.int8, torch.uint8, torch.qint8, torch.quint8)
 
 
 def _recognise(state: Mapping[str, Tensor]) -> Layout:
@@ -494,7 +568,7 @@ def _count(layout: Layout, state: Mapping[str, Tensor]) -> Size:
 
     blocks, upsamplers = numbers(layout.first), len(numbers(layout.upsampler))
     if not blocks or not upsamplers:
-        missing = layout.upsampler if blocks else layout.first
+        missing = (layout.upsampler if blocks else layout.first).format(g=0, b=0, u=0)
         raise ValueError(f"holds no whole RCAN in the {layout.program} layout: no {missing}.weight is in it")
     groups, rows = 1 + max(g for g, _ in blocks), 1 + max(b for _, b in blocks)
     if groups * rows > len(state):  # don't list millions of missing tensors
@@ -505,8 +579,11 @@ def _count(layout: Layout, state: Mapping[str, Tensor]) -> Size:
         further = ("mean", *(mark for mark in model.MARKS if mark in state))
     elif layout is RCAN_IT or (layout is OFFICIAL and any(name in state for name in MEAN_SHIFT)):  # traiNNer writes none
         further = MEAN_SHIFT
-    wanted = {*layout.names(size).values(), *further}
-    _refuse([f"missing {name}" for name in wanted - state.keys()] + [f"unexpected {name}" for name in state.keys() - wanted], layout)
+    wanted = dict.fromkeys([*layout.names(size).values(), *further])
+    _refuse(
+        [("missing", name) for name in wanted if name not in state] + [("unexpected", name) for name in state if name not in wanted],
+        layout,
+    )
     return size
 
 
@@ -522,7 +599,8 @@ def _allocate(layout: Layout, size: Size, state: Mapping[str, Tensor], names: Ma
     upsampler = {names[f"{name}.weight"]: rows[name] for name in (NATIVE.upsampler.format(u=u) for u in range(size.upsamplers))}
     scale = _SCALES.get(tuple(count / channels for count in upsampler.values()))
     if scale is None:
-        raise ValueError(f"upsampler of unknown shape, {upsampler} for {channels} channels; known are x2, x3, x4 and x8")
+        shown = _listed(f"{name} with {count}" for name, count in upsampler.items())
+        raise ValueError(f"upsampler of unknown shape, {shown} for {channels} channels; known are x2, x3, x4 and x8")
     marks = RCAN_IT_MARKS if layout is RCAN_IT else model.MARKS.keys() & state.keys()
     arguments: dict[str, Any] = {"attention": "cbam" if size.cbam else "channel", **dict(model.MARKS[mark] for mark in marks)}
     return model.RCAN(scale, channels, channels // min(squeezed, channels), size.groups, size.blocks, **arguments)
@@ -539,18 +617,26 @@ def _check_tensors(network: model.RCAN, layout: Layout, state: Mapping[str, Tens
     problems = []
     for name, tensor in state.items():
         if tensor.shape != shapes[name]:
-            problems.append(f"{name} is {tuple(tensor.shape)}, not {shapes[name]}")
+            problems.append((f"{tuple(tensor.shape)}, not {shapes[name]}", name))
         if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
             kind = "without values" if tensor.is_meta else f"{tensor.dtype} {tensor.layout}".replace("torch.", "")
-            problems.append(f"{name} is {kind}, not dense floating point")
-        elif not torch.isfinite(tensor).all():
-            problems.append(f"{name} is not finite")
+            problems.append((f"{kind}, not dense floating point", name))
+        elif not tensor.to(torch.float64).isfinite().all():  # fp8 itself can't say
+            problems.append(("not finite", name))
     _refuse(problems, layout)
 
 
-def _refuse(problems: Iterable[str], layout: Layout) -> None:
-    if problems := sorted(problems):
+def _refuse(problems: list[tuple[str, str]], layout: Layout) -> None:
+    """Raise if there are any: (what is wrong, the tensor's name). Up to ten are named, of more the first of each kind."""
+    kinds: dict[str, list[str]] = {}
+    for kind, name in problems:
+        kinds.setdefault(kind, []).append(name)
+    if problems:
+        phrases = [
+            f"{kind}: {', '.join(names) if len(problems) <= 10 else f'{len(names)}, first {names[0]}'}" for kind, names in kinds.items()
+        ]
+        more = f" and {len(phrases) - 10} other misfits" if len(phrases) > 10 else ""
         raise ValueError(
-            f"{len(problems)} tensors don't fit an RCAN in the {layout.program} layout, none was loaded: {'; '.join(problems)}; "
-            "choose another file, or save the whole network's state dict again"
+            f"{len({name for _, name in problems})} tensors don't fit an RCAN in the {layout.program} layout, none was loaded: "
+            f"{'; '.join(phrases[:10])}{more}; choose another file, or save the whole network's state dict again"
         )
