@@ -215,7 +215,9 @@ def _upright(content: bytes) -> tuple[bytes, tuple[str, ...]]:
         exif = _parse(content)
         if 274 in exif:
             exif[274] = 1
-        return (exif.tobytes() if len(exif) else b""), ()
+        if content and not len(exif):
+            return b"", ("damaged EXIF",)
+        return (exif.tobytes() if content else b""), ()
     except Exception:  # damaged EXIF makes Pillow raise nearly anything
         return b"", ("damaged EXIF",)
 
