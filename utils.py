@@ -174,7 +174,7 @@ def evaluate(
     scores: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}
     flat: dict[str, str] = {}
-    interrupting, poll = stop.interrupting if stop else contextlib.nullcontext, Poll(runtime)
+    interrupting, poll = stop.interrupting if stop is not None else contextlib.nullcontext, Poll(runtime)
     for number in tqdm(rounds, progress, unit="image", leave=False, disable=not (progress and runtime.is_main)):
         if any(poll(bool(stop))):
             break

@@ -231,7 +231,7 @@ def test_a_training_on_a_full_disk_ends_with_one_sentence_and_keeps_what_it_has_
         "--model_arch_name", "rcan_x2", "--upscale_factor", "2", "--channels", "16", "--reduction", "4", "--num_rg", "2", "--num_rcab", "2",
         "--train_sets", "Train", "--valid_sets", "--data_root", str(tmp_path / "data"), "--cache_dir", str(tmp_path / "cache"),
         "--lr_patch_size", "8", "--batch_size", "1", "--num_workers", "0", "--save_every", "2", "--keep_last", "100",
-        "--epochs", "1", "--steps_per_epoch", "400",
+        "--epochs", "1", "--steps_per_epoch", "400", "--exp_name", "rcan_x2",
     ]  # fmt: skip
     disk, mount = tmp_path / "disk", shutil.which("mount")
     disk.mkdir()

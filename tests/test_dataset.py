@@ -1,7 +1,13 @@
 """Image sets, pairs by name, evaluation images, batches that show the same in LR and GT, prefetchers."""
 
+import multiprocessing
+import shutil
 import sys
+import tempfile
+import threading
+import time
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +18,7 @@ import image_files
 import imgproc
 from dataset import EvaluationSet, TrainBatches, find_pairs, fit_to_patch, gt_sizes
 from helpers import drawn_image, noise_image, write_set
+from runtime import Interrupted, StopRequest
 
 
 def write(path, height, width):
@@ -270,3 +277,132 @@ def test_prefetchers_give_floats_in_order_and_end(device, channels_last):
             assert torch.allclose(batch[name].cpu(), batches[update][name].permute(0, 3, 1, 2) / 255, rtol=1e-6)
     assert update == 5
     assert torch.equal(torch.get_rng_state(), before)  # else a resumed run would draw other numbers
+
+
+# LR images that are on the disk
+
+
+def with_lr(folder, degradation, change=lambda lr: lr, scale=2):
+    write_set(folder, [(64, 80)] * 3)
+    place = {"BI": "LRbicx", "BD": "LRBDx", "DN": "LRDNx"}[degradation]
+    for index, file in enumerate(sorted((folder / "GT").iterdir())):
+        lr = imgproc.degrade(image_files.read_image(file), scale, degradation, seed=100 + index)
+        image_files.write_image(folder / f"{place}{scale}" / file.name, change(lr))
+    return find_pairs(folder, scale, degradation)
+
+
+@pytest.mark.parametrize("degradation", ["BI", "BD", "DN"])
+def test_lr_images_are_recognised_as_their_degradation(tmp_path, degradation):
+    assert dataset.check_lr(with_lr(tmp_path / "Set", degradation), 2, degradation)[0]
+
+
+@pytest.mark.parametrize(
+    ("degradation", "change"),
+    [
+        ("BI", lambda lr: np.clip(lr.astype(int) + np.indices(lr.shape).sum(0) % 2, 0, 255).astype(np.uint8)),  # rounded otherwise
+        ("BI", lambda lr: np.roll(lr, 1, 0)),
+        ("BD", lambda lr: np.roll(lr, 1, 1)),
+        ("DN", lambda lr: np.clip(lr.astype(int) + 10, 0, 255).astype(np.uint8)),
+        ("DN", lambda lr: imgproc.imresize(imgproc.imresize(lr, 0.5), 2)),  # without noise
+    ],
+)
+def test_lr_images_of_another_kind_are_not(tmp_path, degradation, change):
+    assert not dataset.check_lr(with_lr(tmp_path / "Set", degradation, change), 2, degradation)[0]
+
+
+def test_folders_within_gt_and_lr_belong_to_the_names(tmp_path):
+    """As in REDS, where each clip has a folder."""
+    for clip in ("000", "001"):
+        image_files.write_image(tmp_path / f"Set/GT/{clip}/1.png", drawn_image(24, 24))
+        image_files.write_image(tmp_path / f"Set/LRbicx2/{clip}/1x2.png", drawn_image(12, 12))
+    pairs = find_pairs(tmp_path / "Set", 2)
+    assert [(pair.name, pair.lr.parent.name) for pair in pairs] == [("000/1", "000"), ("001/1", "001")]
+
+
+def test_lr_folders_of_unknown_names_are_named(tmp_path):
+    write_set(tmp_path / "Set", [(40, 44)])
+    for name in ("LR", "LRx2", "LRbicx4", "LR_bicubic/X2"):
+        image_files.write_image(tmp_path / "Set" / name / "z.png", drawn_image(8, 8))
+    shutil.rmtree(tmp_path / "Set/LR_bicubic/X2")
+    text = dataset.describe_pairs("test", "Set", find_pairs(tmp_path / "Set", 2), "").splitlines()[-1]
+    assert "LR, LRx2;" in text
+
+
+def test_an_absent_set_that_can_be_fetched_says_how(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"download\.py --items Set5"):
+        find_pairs(tmp_path / "Set5", 4)
+    with pytest.raises(FileNotFoundError) as caught:
+        find_pairs(tmp_path / "Mine", 4)
+    assert "download.py" not in str(caught.value)
+
+
+# Workers, and waiting for them
+
+
+@pytest.mark.parametrize(
+    ("room", "wanted", "processes", "expected"),
+    [(64, 8, 1, (6, 1)), (64, 2, 1, (2, 2)), (10_000, 8, 4, (8, 2)), (64, 8, 4, (0, 1)), (10, 1, 1, (0, 1)), (0, 0, 1, (0, 2))],
+)
+def test_workers_hold_no_more_than_the_shared_memory(monkeypatch, room, wanted, processes, expected):
+    """64 patches of 48 at x4 are 7.17 MiB a batch; Docker gives 64 MiB."""
+    batches = TrainBatches(InMemory(4, [(48, 48)]), 64 * processes, 48, 0, world_size=processes)
+    assert batches.bytes == 64 * 3 * 48**2 * 17
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=room * 2**20))
+    workers, ahead, sentence = dataset.fit_workers(batches, wanted, processes)
+    assert (workers, ahead) == expected
+    assert bool(sentence) == (expected != (wanted, 2))
+    assert not workers or (workers * ahead + 2) * batches.bytes * processes <= room * 2**20
+
+
+def test_a_long_temporary_folder_leaves_the_work_to_one_process(monkeypatch):
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/" + "t" * 90)
+    assert dataset.fit_workers(TrainBatches(InMemory(2, [(8, 8)]), 4, 6, 0), 2)[0] == 0
+
+
+class Slow(TrainBatches):
+    """Makes a batch of `late` only when it is told."""
+
+    late, told = 2, None
+
+    def __getitem__(self, update):
+        if update >= self.late:
+            self.told.wait()
+        return super().__getitem__(update)
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    batches = Slow(InMemory(2, [(9, 10)]), 4, 6, 0)
+    batches.told = multiprocessing.get_context("fork").Event()
+    yield batches
+    batches.told.set()
+
+
+@pytest.mark.slow
+def test_batches_that_come_late_come_all_and_in_order(slow):
+    prefetcher = dataset.prefetch(dataset.load(slow, 0, 6, 2), torch.device("cpu"))
+    threading.Timer(2.5, slow.told.set).start()  # after two of the loader's timeouts
+    expected = [TrainBatches.__getitem__(slow, update)["lr"] for update in range(6)]
+    found = list(prefetcher)
+    assert len(found) == 6
+    assert all(
+        torch.equal((255 * batch["lr"]).round().to(torch.uint8), lr.permute(0, 3, 1, 2)) for batch, lr in zip(found, expected, strict=True)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["stop", "full", "too long"])
+def test_a_wait_for_data_ends(slow, monkeypatch, end):
+    stop = StopRequest()
+    prefetcher = dataset.prefetch(dataset.load(slow, 2, 6, 1), torch.device("cpu"), stop=stop)
+    start = time.monotonic()
+    monkeypatch.setattr(prefetcher, "PATIENCE", 0.5)
+    if end == "stop":
+        stop.requested = start
+    elif end == "full":
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    else:
+        monkeypatch.setattr(prefetcher, "LONGEST_WAIT", 1)
+    with pytest.raises(Interrupted if end == "stop" else ValueError):
+        next(prefetcher)
+    assert time.monotonic() - start < 30

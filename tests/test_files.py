@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -243,3 +244,46 @@ def test_a_systems_error_names_the_file_and_not_its_number():
         assert os.strerror(number) not in said
     assert "results/run" in files.explain(OSError(errno.EDOM, "unknown here", "results/run"))
     assert files.explain(FileNotFoundError("data: our own words")) == "data: our own words"
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "ü" * 127, "n" * 200])
+def test_names_as_long_as_a_disk_allows_can_be_written(tmp_path, name):
+    for data in (b"one", b"two"):
+        files.write_whole(tmp_path / name, data)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == b"two"
+
+
+def test_a_folder_that_a_killed_writer_had_moved_away_comes_back(tmp_path):
+    old = tmp_path / ".store.123.0123abcd.old.part"
+    old.mkdir()
+    (old / "x").write_text("old")
+    assert files.remove_leftovers(tmp_path) == []
+    assert (tmp_path / "store/x").read_text() == "old"
+    (tmp_path / ".store.123.0123abcd.old.part").mkdir()
+    assert files.remove_leftovers(tmp_path) == [old]  # the new one had taken its place
+
+
+def test_leftovers_of_others_in_inner_folders_can_be_spared(tmp_path):
+    part = tmp_path / "test/.x.png.1.part"
+    part.parent.mkdir()
+    part.touch()
+    assert files.remove_leftovers(tmp_path, nested=False) == []
+    assert files.remove_leftovers(tmp_path) == [part]
+
+
+def test_disks_that_cannot_sync_folders_are_used_all_the_same(tmp_path, monkeypatch):
+    """As CIFS and sshfs; an error for the file itself still counts."""
+    sync = os.fsync
+
+    def refuse(descriptor, kind):
+        if kind(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: refuse(descriptor, stat.S_ISDIR))
+    files.write_whole(tmp_path / "a", b"x")
+    assert (tmp_path / "a").read_bytes() == b"x"
+    monkeypatch.setattr(os, "fsync", lambda descriptor: refuse(descriptor, stat.S_ISREG))
+    with pytest.raises(OSError):
+        files.write_whole(tmp_path / "b", b"x")

@@ -34,7 +34,19 @@ if __name__ == "__main__":  # else pytest sees to both
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import image_files
-from image_files import FORMATS, Photo, check_writable, image_size, list_images, read_image, read_photo, write_image, write_photo
+import metadata
+from image_files import (
+    FORMATS,
+    Photo,
+    check_writable,
+    image_size,
+    list_images,
+    passed_over,
+    read_image,
+    read_photo,
+    write_image,
+    write_photo,
+)  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")  # image_files hides them, but pytest shows them
 
@@ -697,3 +709,109 @@ def test_large_images_and_false_lengths_take_little_memory(tmp_path):
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+
+
+# Sound files that used to be refused, and files that are not what they seem
+
+
+def png_with(path, kind, content):
+    write_image(path, RGB)
+    data = path.read_bytes()
+    path.write_bytes(data[:33] + metadata.png_chunk(kind, content) + data[33:])
+    return path
+
+
+def test_large_profiles_and_texts_are_no_damage(tmp_path):
+    """Printers' profiles have 1.5 MB and more."""
+    profile = np.random.default_rng(0).bytes(1_500_000)
+    assert read_photo(png_with(tmp_path / "a.png", b"iCCP", b"Printer\0\0" + zlib.compress(profile))).icc_profile == profile
+    path = png_with(tmp_path / "b.png", b"zTXt", b"workflow\0\0" + zlib.compress(b"{'node': 12345} " * 100_000))
+    assert (read_image(path) == RGB).all()
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".bmp"])
+def test_alpha_that_is_opaque_everywhere_needs_no_format_with_alpha(tmp_path, suffix):
+    write_photo(tmp_path / f"a{suffix}", Photo(RGB, np.full(RGB.shape[:2], 255, np.uint8)), quality=100)
+    assert read_photo(tmp_path / f"a{suffix}").alpha is None
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_the_transparent_gray_of_a_png_is_found_at_any_depth(tmp_path, depth):
+    """Two pixels, black and white; white is transparent."""
+    row = {1: b"\x40", 2: b"\x30", 4: b"\x0f", 8: b"\x00\xff"}[depth]
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 2, 1, depth, 0, 0, 0, 0)),
+        (b"tRNS", struct.pack(">H", 2**depth - 1)),
+        (b"IDAT", zlib.compress(b"\0" + row)),
+        (b"IEND", b""),
+    ]
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(metadata.png_chunk(*chunk) for chunk in chunks))
+    photo = read_photo(tmp_path / "a.png")
+    assert photo.pixels[0, :, 0].tolist() == [0, 255]
+    assert photo.alpha.tolist() == [[255, 0]]
+
+
+@pytest.mark.parametrize("kind", ["dng", "preview first", "cr2"])
+def test_raw_photographs_are_refused_and_not_read_from_their_previews(tmp_path, kind):
+    tags = {"dng": [(50706, 1, 4, bytes([1, 4, 0, 0]), True)], "preview first": [], "cr2": []}[kind]
+    options = {"subfiletype": 1} if kind == "preview first" else {}
+    tifffile.imwrite(tmp_path / "a.tif", RGB, photometric="rgb", metadata=None, extratags=tags, **options)
+    if kind == "cr2":  # "CR" and a version follow the header
+        data = (tmp_path / "a.tif").read_bytes()
+        start = int.from_bytes(data[4:8], "little")
+        count = int.from_bytes(data[start : start + 2], "little")
+        moved = data[start : start + 2 + 12 * count + 4]
+        (tmp_path / "a.tif").write_bytes(data[:4] + struct.pack("<I", len(data)) + b"CR\2\0" + data[12:] + moved)
+    for read in (read_image, read_photo):
+        with pytest.raises(ValueError, match=r"a\.tif.*raw"):
+            read(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("extra", [1, 2, 5])
+def test_further_bands_of_a_tiff_are_named_or_the_file_is_refused(tmp_path, extra):
+    bands = np.concatenate([RGB, np.repeat(ALPHA[:, :, None], extra, 2)], 2)
+    tifffile.imwrite(tmp_path / "a.tif", bands, photometric="rgb", extrasamples=["unspecified"] * extra, metadata=None)
+    try:
+        photo = read_photo(tmp_path / "a.tif")
+    except ValueError as error:
+        assert "a.tif" in str(error)
+    else:
+        assert (photo.pixels == RGB).all()
+        assert photo.alpha is None
+        assert len(photo.notes) == 1
+
+
+# Folders
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".gif", ".ppm", ".pgm", ".avif"])
+def test_every_ending_that_is_listed_is_read(tmp_path, suffix):
+    image = Image.fromarray(RGB[:, :, 0] if suffix == ".pgm" else RGB)
+    image.save(tmp_path / f"a{suffix}", {".jfif": "JPEG", ".jpe": "JPEG", ".pgm": "PPM"}.get(suffix, suffix[1:].upper()))
+    assert list_images(tmp_path) == [tmp_path / f"a{suffix}"]
+    assert read_image(tmp_path / f"a{suffix}").shape == RGB.shape
+
+
+def test_folders_in_folders_and_links_are_entered_once(tmp_path):
+    for name in ("GT/000/1.png", "GT/001/1.png", "elsewhere/2.png"):
+        write_image(tmp_path / name, RGB)
+    (tmp_path / "GT/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "GT/000/circle").symlink_to(tmp_path / "GT")
+    found = [path.relative_to(tmp_path / "GT").as_posix() for path in list_images(tmp_path / "GT", nested=True)]
+    assert found == ["000/1.png", "001/1.png", "link/2.png"]
+    assert list_images(tmp_path / "GT") == []
+
+
+def test_what_is_passed_over_is_counted_by_ending(tmp_path):
+    write_image(tmp_path / "a.png", RGB)
+    write_image(tmp_path / "inner/b.png", RGB)
+    for name in ("c.heic", "d.HEIC", "e.txt", "Thumbs.db", ".DS_Store", "inner/f.xcf"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "dead.png").symlink_to(tmp_path / "gone")
+    flat, nested = passed_over(tmp_path), passed_over(tmp_path, nested=True)
+    assert all(part in flat for part in ("2 .heic", "1 .txt", "inner", "1 dead"))
+    assert all(part in nested for part in ("2 .heic", "1 .txt", "1 .xcf"))
+    assert ".db" not in flat + nested
+    assert passed_over(tmp_path / "inner", nested=True).count("1") == 1
+    (tmp_path / "inner/f.xcf").unlink()
+    assert passed_over(tmp_path / "inner") == ""

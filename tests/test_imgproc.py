@@ -226,3 +226,21 @@ def test_imgproc_reads_and_writes_files(tmp_path):
     image = noise_image(5, 7)
     imgproc.write_image(tmp_path / "a.png", image)
     assert (imgproc.read_image(tmp_path / "a.png") == image).all()
+
+
+def test_hidden_pixels_take_the_colour_of_the_nearest_visible_one():
+    image = np.zeros((1, 5, 3), np.uint8)
+    image[0, 0], image[0, 4] = 10, 200
+    hidden = np.array([[False, True, True, True, False]])
+    spread = imgproc.spread_colours(image, hidden)[0, :, 0].tolist()
+    assert spread in ([10, 10, 10, 200, 200], [10, 10, 200, 200, 200])  # the middle one is as near to both
+    assert imgproc.spread_colours(image, np.ones((1, 5), bool)) is image
+    deep = imgproc.spread_colours(image.astype(np.uint16) * 257, hidden)
+    assert deep.dtype == np.uint16
+    assert (deep[0, :, 0] == np.array(spread) * 257).all()
+
+
+def test_an_image_is_flat_within_its_border():
+    image = np.full((9, 9, 3), 77, np.uint8)
+    image[0] = 5
+    assert (imgproc.is_flat(image, 1), imgproc.is_flat(image, 0)) == (True, False)

@@ -259,3 +259,72 @@ def test_the_command_ends_with_the_right_code(tmp_path, network_path):
     assert command("--output", "out").returncode == 2
     assert read_photo(tmp_path / "out/a.png").pixels.shape == (24, 34, 3)
     assert written(tmp_path / "out") == ["a.png"]
+
+
+# What is already there
+
+
+@pytest.mark.parametrize("existing", ["refuse", "skip", "overwrite"])
+def test_a_result_that_is_there_is_refused_skipped_or_replaced(tmp_path, run, monkeypatch, existing):
+    for name in ("a.png", "b.png"):
+        write_image(tmp_path / "in" / name, RGB)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a.png").write_bytes(b"another file")
+    if existing == "refuse":
+        monkeypatch.setattr(weights, "load", lambda path: pytest.fail("loads weights first"))
+        with pytest.raises(ValueError, match=r"out.a\.png"):
+            run("--input", tmp_path / "in", "--output", tmp_path / "out")
+        assert written(tmp_path / "out") == ["a.png"]
+    else:
+        run("--input", tmp_path / "in", "--output", tmp_path / "out", "--existing", existing)
+        assert written(tmp_path / "out") == ["a.png", "b.png"]
+    assert ((tmp_path / "out/a.png").read_bytes() == b"another file") == (existing != "overwrite")
+
+
+def test_a_second_run_that_skips_loads_nothing(tmp_path, run, monkeypatch):
+    write_image(tmp_path / "a.png", RGB)
+    run("--input", tmp_path / "a.png", "--output", tmp_path / "out")
+    monkeypatch.setattr(weights, "load", lambda path: pytest.fail("loads weights"))
+    run("--input", tmp_path / "a.png", "--output", tmp_path / "out", "--existing", "skip")
+
+
+def test_the_output_of_one_image_may_be_a_file(tmp_path, run):
+    write_image(tmp_path / "a.png", RGB)
+    run("--input", tmp_path / "a.png", "--output", tmp_path / "new/large.jpg")
+    assert written(tmp_path / "new") == ["large.jpg"]
+    with Image.open(tmp_path / "new/large.jpg") as image:
+        assert (image.format, image.size) == ("JPEG", (34, 24))
+    for source, output in (("a.png", "b.gif"), (".", "b.png")):
+        with pytest.raises(ValueError, match=output):
+            run("--input", tmp_path / source, "--output", tmp_path / output)
+
+
+def test_a_factor_that_the_weights_do_not_have_is_refused(tmp_path, run):
+    write_image(tmp_path / "a.png", RGB)
+    with pytest.raises(ValueError, match=r"upscale_factor=4.*w\.pth"):
+        run("--input", tmp_path / "a.png", "--output", tmp_path / "o", "--upscale_factor", 4)
+    run("--input", tmp_path / "a.png", "--output", tmp_path / "o", "--upscale_factor", 2)
+
+
+def test_names_may_be_as_long_as_the_disk_allows(tmp_path, run):
+    for length in (245, 251):
+        write_image(tmp_path / "in" / ("n" * length + ".png"), RGB)
+    run("--input", tmp_path / "in", "--output", tmp_path / "out")
+    assert written(tmp_path / "out") == ["n" * 245 + ".png", "n" * 251 + ".png"]
+
+
+def test_no_hidden_colour_bleeds_into_the_rim():
+    """A yellow disc whose surroundings are black under alpha 0, enlarged by bicubic."""
+    distance = np.hypot(*(np.mgrid[:64, :64] - 31.5))
+    alpha = np.round(255 * np.clip(24.5 - distance, 0, 1)).astype(np.uint8)
+    pixels = np.where(alpha[:, :, None] > 0, np.array([250, 240, 60], np.uint8), np.uint8(0))
+    result = inference.enlarge_photo(Photo(pixels, alpha), lambda image: imgproc.imresize(image, 2), (128, 128))
+    seen = result.alpha > 0
+    assert abs(result.pixels[seen].astype(int) - (250, 240, 60)).max() == 0
+
+
+def test_files_beside_images_are_named(tmp_path, run, capsys):
+    write_image(tmp_path / "in/a.png", RGB)
+    (tmp_path / "in/b.heic").write_bytes(b"x")
+    run("--input", tmp_path / "in", "--output", tmp_path / "out")
+    assert "1 .heic" in "".join(capsys.readouterr())

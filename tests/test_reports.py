@@ -9,6 +9,7 @@ import torch
 from pytest import approx
 
 import imgproc
+import reports
 from helpers import drawn_image
 from reports import SKIPPED, Meter, RunLog, SampleSheet, markdown_table, provenance
 from runtime import Runtime
@@ -115,3 +116,9 @@ def test_provenance_is_of_plain_texts():
     assert about["numpy"] == np.__version__
     assert about.keys() >= {"command", "commit", "python", "torch", "device"}
     assert all(type(value) is str for value in about.values())
+
+
+def test_json_has_no_infinity_and_no_nan():
+    values = {"a": math.inf, "b": [1.5, -math.inf, {"c": (math.nan, "x", None, True, 2)}]}
+    found = json.loads(reports.to_json(values), parse_constant=lambda name: pytest.fail(name))
+    assert found == {"a": None, "b": [1.5, None, {"c": [None, "x", None, True, 2]}]}

@@ -1,6 +1,9 @@
 """How scripts start and end: exit codes, signals, and what processes agree on."""
 
+import errno
+import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,7 +81,7 @@ def test_a_closed_pipe_is_not_blamed_on_the_workers(capsys, monkeypatch):
 
 @pytest.mark.slow
 @signals
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 138), ("SIGINT", 130)])
 def test_a_script_that_is_ended_tidies_up(tmp_path, name, code):
     program = f"""
 import os, signal, time, pathlib
@@ -165,3 +168,130 @@ def test_alone_on_this_machine(monkeypatch):
     assert (found.rank, found.world_size, found.is_main, found.control) == (0, 1, True, None)
     assert runtime.cores() == len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+# Devices and environments that are not what they seem
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"RANK": ""}, "RANK"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK"),
+        ({"WORLD_SIZE": "2"}, "MASTER_ADDR"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK=2"),
+    ],
+)
+def test_an_environment_that_torchrun_did_not_make_is_refused_by_name(monkeypatch, given, named):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=named):
+        start_runtime()
+
+
+def test_a_script_for_one_process_refuses_several(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="WORLD_SIZE=2"):
+        start_runtime(alone=True)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: no kernel image is available for execution on the device",
+        "CUDA error: out of memory",
+        "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
+    ],
+)
+def test_a_gpu_that_fails_at_its_first_convolution_is_named(monkeypatch, message):
+    """A stand-in for old cards, which are reported as available."""
+
+    def fail(*_):
+        raise RuntimeError(f"{message}\nCUDA kernel errors might be asynchronously reported")
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", fail)
+    with pytest.raises(ValueError, match=r"cpu.*CUDA_VISIBLE_DEVICES") as caught:
+        runtime.try_device(torch.device("cpu"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "GET was unable to find an engine to execute this computation",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: out of memory",
+        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+def test_every_way_to_run_out_of_memory_is_known(message):
+    assert runtime.is_out_of_memory(RuntimeError(message))
+    assert not runtime.is_out_of_memory(ValueError(message))
+    assert not runtime.is_out_of_memory(RuntimeError("shapes differ"))
+
+
+def test_a_gpu_that_is_not_used_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert "nvidia-smi" in runtime.unused_gpu()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as somebody wants it
+    assert runtime.unused_gpu() == ""
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_missing_compiler_is_named(monkeypatch, device):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "compile=True" in runtime.missing_compiler(torch.device(device))
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: name)
+    assert runtime.missing_compiler(torch.device(device)) == ""
+
+
+# Streams that are gone
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EPIPE, 0), (errno.EIO, 0), (errno.ENOSPC, 1)])
+def test_work_goes_on_when_the_output_is_gone_and_a_full_disk_is_named_at_the_end(monkeypatch, capsys, number, code):
+    """EPIPE: of `script | head`; EIO: of a closed terminal."""
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(number, "gone")
+
+    done = []
+
+    def main():
+        for _ in range(3):
+            print("x")
+            done.append(1)
+
+    monkeypatch.setattr(sys, "argv", ["x"])
+    monkeypatch.setattr(sys, "stdout", gone := Gone())
+    if code:
+        with pytest.raises(SystemExit) as end:
+            runtime.run_script(main)
+        assert end.value.code == code
+        assert "standard output" in capsys.readouterr().err
+    else:
+        runtime.run_script(main)
+    assert done == [1, 1, 1]
+    assert sys.stdout is gone
+
+
+@pytest.mark.slow
+@signals
+def test_nohup_holds_off_a_closed_terminal(tmp_path):
+    program = """
+import os, signal
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def main():
+    os.kill(os.getpid(), signal.SIGHUP)
+    print("still here")
+run_script(main)"""
+    assert ended(program, tmp_path)[0] == 0

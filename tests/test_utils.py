@@ -1,5 +1,12 @@
 """What the scripts share: EMA weights, evaluation, precision, random generators, checksums."""
 
+import json
+import math
+import os
+import signal
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +14,7 @@ from pytest import approx
 from torch import nn
 
 import imgproc
+import reports
 import utils
 from helpers import drawn_image, tiny
 from runtime import Runtime, StopRequest
@@ -128,3 +136,33 @@ def test_a_checksum_is_of_every_bit():
     with torch.no_grad():
         network.conv3.bias[0] = np.nextafter(network.conv3.bias[0].item(), np.inf, dtype=np.float32).item()
     assert utils.checksum([network, tiny()]) != first
+
+
+def test_flat_images_and_equal_ones_do_not_count_in_the_mean_psnr():
+    gts = {"plain": drawn_image(40, 40, 1), "flat": np.full((40, 40, 3), 9, np.uint8), "equal": drawn_image(40, 40, 2)}
+    images = [(name, gt[::2, ::2].copy(), gt) for name, gt in gts.items()]
+    answers = {"plain": drawn_image(40, 40, 3), "flat": np.full((40, 40, 3), 10, np.uint8), "equal": gts["equal"]}
+    order = iter(answers.values())
+    found = utils.evaluate(lambda lr: next(order), images, 2, CPU)
+    assert found["psnr"] == imgproc.psnr(answers["plain"], gts["plain"], 2)
+    assert found["ssim"] == approx(np.mean([imgproc.ssim(answers[name], gts[name], 2) for name in gts]))
+    assert set(found["not_in_psnr"]) == {"flat", "equal"}
+    alone = utils.evaluate(lambda lr: gts["equal"], images[2:], 2, CPU)
+    assert alone["psnr"] == math.inf
+    assert json.loads(reports.to_json(alone))["psnr"] is None
+
+
+def test_a_stop_ends_an_image_in_the_middle():
+    """… as one may take minutes."""
+    images = [("a", drawn_image(20, 20), drawn_image(40, 40))]
+
+    def endless(lr):
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        while True:
+            time.sleep(0.01)
+
+    start = time.monotonic()
+    with StopRequest() as stop:
+        assert utils.evaluate(endless, images, 2, CPU, stop=stop) is None
+        assert stop
+    assert time.monotonic() - start < 20
