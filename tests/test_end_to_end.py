@@ -1,10 +1,14 @@
 """As a user: train.py, test.py and inference.py as commands on small images, and runs that are told to stop."""
 
+import contextlib
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -127,7 +131,7 @@ def endless(place, folder, *more):
 
 
 @signals
-@pytest.mark.parametrize(("name", "everybody"), [("SIGTERM", True), ("SIGINT", True), ("SIGUSR1", False)])
+@pytest.mark.parametrize(("name", "everybody"), [("SIGTERM", True), ("SIGINT", True), ("SIGHUP", True), ("SIGUSR1", False)])
 def test_a_run_that_is_told_to_stop_saves_itself(place, tmp_path, name, everybody):
     """The signal reaches the whole group, workers too, as from a terminal, torchrun and timeout; or the training alone."""
     process = endless(place, tmp_path)
@@ -138,6 +142,46 @@ def test_a_run_that_is_told_to_stop_saves_itself(place, tmp_path, name, everybod
     assert "Traceback" not in err
     assert weights.read(tmp_path / "results/run/last.pth.tar")["update"] > 0
     assert not (tmp_path / "results/run/.lock").exists()
+
+
+@signals
+def test_a_closed_terminal_stops_a_run_which_saves_itself(place, tmp_path):
+    """The terminal goes away with its end of the line, so that nothing can be printed any more."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    arguments = train_arguments(3, *ENDLESS, "--data_root", place / "data", "--cache_dir", place / ".cache")
+    command = [sys.executable, str(REPOSITORY / "train.py"), *map(str, arguments)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    threading.Thread(target=drain, args=(ours,), daemon=True).start()
+    wait_for_log(tmp_path / "results/run/log.jsonl")
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == STOPPED
+    assert weights.read(tmp_path / "results/run/last.pth.tar")["update"] > 0
+
+
+def drain(terminal):
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 2**16):
+            pass
+
+
+@signals
+def test_little_shared_memory_means_fewer_workers_and_not_a_hang(place, tmp_path):
+    """As in Docker, whose /dev/shm has 64 MB: here 2 MB, and batches of 0.3 MB."""
+    unshare = shutil.which("unshare")
+    mount = "mount -t tmpfs -o size=2m tmpfs /dev/shm"
+    if not unshare or subprocess.run([unshare, "-m", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("no permission to mount a small /dev/shm")
+    more = ["--batch_size", 64, "--lr_patch_size", 12, "--num_workers", 8, "--epochs", 1, "--steps_per_epoch", 4]
+    arguments = train_arguments(3, *more, "--data_root", place / "data", "--cache_dir", place / ".cache")
+    script = f"{mount} && exec {shlex.join([sys.executable, str(REPOSITORY / 'train.py'), *map(str, arguments)])}"
+    done = subprocess.run([unshare, "-m", "sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "/dev/shm" in done.stdout
+    assert weights.read(tmp_path / "results/run/last.pth.tar")["update"] == 4
 
 
 @signals

@@ -7,13 +7,16 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pytest import approx
 
 import checkpoints
 import dataset
+import image_files
 import reports
 import train
 import utils
@@ -371,6 +374,44 @@ def test_settings_that_contradict_the_checkpoint_are_listed(settings):
             train.train(settings(**changes), PixelStep)
         assert all(name in str(caught.value) for name in changes)
     assert files_of(config) == before
+
+
+@trains
+def test_a_run_shorter_than_its_reports_shows_its_loss(settings):
+    config = run(settings(log_every=1000))
+    lines = [line for line in log_lines(config) if "loss/l1" in line]
+    assert [line["update"] for line in lines] == [config.total_updates]
+    assert lines[0]["loss/l1"] > 0
+
+
+@trains
+def test_a_best_file_that_is_gone_is_written_again(settings):
+    config = run(settings())
+    (config.experiment_dir / "best.pth.tar").unlink()
+    again = run(settings(epochs=4))
+    assert (again.experiment_dir / "best.pth.tar").is_file()
+
+
+@trains
+def test_lr_images_of_another_kind_are_recorded_as_given(settings):
+    config = settings()
+    for name in config.train_sets:
+        folder = Path(config.data_root) / name
+        for file in sorted((folder / "GT").iterdir()):
+            gt = image_files.read_image(file)
+            scale = config.upscale_factor
+            lr = gt[: gt.shape[0] // scale * scale : scale, : gt.shape[1] // scale * scale : scale]
+            image_files.write_image(folder / f"LRbicx{scale}" / file.name, np.ascontiguousarray(lr))
+    run(config)
+    assert weights.load(config.experiment_dir / "best.pth.tar").degradation == "LR as given"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sets PATH")
+def test_compiling_without_a_compiler_is_refused(settings, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ValueError, match="compile=True"):
+        train.prepare(settings(compile=True))
 
 
 @trains
