@@ -15,7 +15,8 @@ prepare_environment requirements.txt
 results=results/$name
 python scripts/demo_data.py --output data
 echo "== 1 of 4: enlarge a photograph with this repository's weights"
-python inference.py --model_path assets/weights/rcan_light_x4.pth.tar --input data/DemoTest/GT/chelsea.png --output $results/enlarged
+python inference.py --model_path assets/weights/rcan_light_x4.pth.tar --input data/DemoTest/GT/chelsea.png --output $results/enlarged \
+  --existing overwrite
 echo "== 2 of 4: train a small RCAN x4, $updates updates"
 python train.py --model_arch_name rcan_light_x4 --num_rg 2 --num_rcab 2 --exp_name $name \
   --train_sets DemoTrain --valid_sets DemoTest --lr_patch_size 24 --batch_size 8 --small_images skip \

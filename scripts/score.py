@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     gt = {pair.name: pair.gt for pair in dataset.find_pairs(config.gt, scale)}
     methods = {folder: pair_images(Path(folder), gt) for folder in config.sr}
     notes = {folder: check_sizes(pairs, gt, scale, border) for folder, pairs in methods.items()}
+    for folder in methods:
+        notes[folder] += filter(None, [image_files.passed_over(folder)])
     names = [*dict.fromkeys(("psnr", "ssim", *config.metrics))]
     asked = {"gt": str(next(iter(gt.values())).parent), "upscale_factor": scale, "border": border}
     asked |= {"only_y_channel": config.only_y_channel, "metrics": names}
@@ -215,9 +217,9 @@ def score(pairs: Mapping[str, Path], gt_files: Mapping[str, Path], metrics: Mapp
 
 def why_uncounted(metric: str, value: float, gt: RGB, border: int) -> str:
     """Why a value does not count in the mean, in a word, or "": not finite, or PSNR of a flat GT, which says little of a method."""
-    inner = gt[border : gt.shape[0] - border, border : gt.shape[1] - border]
-    flat = metric == "psnr" and (inner == inner[0, 0]).all()
-    return ("flat" if flat else "") if math.isfinite(value) else str(value)
+    if math.isfinite(value):
+        return "flat" if metric == "psnr" and imgproc.is_flat(gt, border) else ""
+    return str(value)
 
 
 # Reporting
