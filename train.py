@@ -193,7 +193,7 @@ class Run:
                 progress.seconds = time.perf_counter() - started
                 if self._evaluation_due() and not stopped:
                     stopped = not self.evaluate(log, stop)
-                if done and self.meter.updates:
+                if done and progress.update > first and progress.update % config.log_every:  # what no report has shown
                     self.report(log, time.perf_counter() - started)
                 if done or stopped or late or (progress.update > first and progress.update % config.save_every == 0):
                     self.step.check()

@@ -98,13 +98,13 @@ def test_improved_training_from_plain_weights_to_a_score(place):
     common = [*SMALL, "--model_arch_name", "rcan_light_cbam_x3", "--upscale_factor", 3, "--train_sets", "Train", "--valid_sets", "Valid"]
     common += ["--batch_size", 2, "--lr_patch_size", 11, "--steps_per_epoch", 4, "--eval_every", 4, "--log_every", 2, "--num_workers", 0]
     command("train_improved.py", "--preset", "light", *common, "--pretrained_model_path", "results/run/best.pth.tar", cwd=place)
-    folder = place / "results/rcan_light_cbam_x3_light"
+    folder, size = place / "results/rcan_light_cbam_x3_light_c8_r4_g1_b2", "_c8_r4_g1_b2"
     found = weights.read(folder / "best.pth.tar")
     assert found["best_metric"] == "psnr"
     assert "discriminator_state_dict" not in found
     terms = ["--vgg19_weights_path", "random", "--perceptual_layers", "conv2_1", "--discriminator_channels", 4]
     composite = ["--preset", "light_perceptual", *common, *terms, "--pretrained_model_path", folder / "best.pth.tar"]
-    perceptual = folder.with_name(folder.name + "_perceptual")
+    perceptual = folder.with_name(f"{folder.name.removesuffix(size)}_perceptual{size}")
     for _ in range(2):
         command("train_improved.py", *composite, cwd=place)
         found = weights.read(perceptual / "best.pth.tar")
