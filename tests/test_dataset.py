@@ -301,6 +301,7 @@ def test_lr_images_are_recognised_as_their_degradation(tmp_path, degradation):
     [
         ("BI", lambda lr: np.clip(lr.astype(int) + np.indices(lr.shape).sum(0) % 2, 0, 255).astype(np.uint8)),  # rounded otherwise
         ("BI", lambda lr: np.roll(lr, 1, 0)),
+        ("BI", lambda lr: np.where(np.indices(lr.shape).sum(0) == 3, 255 - lr, lr)),  # a few values, but far off
         ("BD", lambda lr: np.roll(lr, 1, 1)),
         ("DN", lambda lr: np.clip(lr.astype(int) + 10, 0, 255).astype(np.uint8)),
         ("DN", lambda lr: imgproc.imresize(imgproc.imresize(lr, 0.5), 2)),  # without noise
