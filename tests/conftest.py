@@ -1,10 +1,14 @@
 """What every test gets: real data where there is some, and the same seed."""
 
 import os
+import signal
 from pathlib import Path
 
 if "RCAN_TEST_CUDA" not in os.environ:  # equality to the last bit is promised for CPUs; RCAN_TEST_CUDA=1 runs what a GPU adds
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, the programs that tests start would ignore it
 
 import pytest
 import torch
