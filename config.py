@@ -181,10 +181,11 @@ class Config:
         return Path(self.results_dir) / (self.exp_name or self.model_arch_name + self._differences())
 
     def _differences(self) -> str:
-        """What distinguishes the network and its data from those that the file names."""
-        changed = [line.name for line in fields(self) if getattr(self, line.name) != line.default]
+        """What distinguishes the network and its data from those that the model's name means."""
+        usual = {"attention": type(self).attention, "degradation": "BI"}  # of sizes: None
         marks = {"channels": "c", "reduction": "r", "num_rg": "g", "num_rcab": "b", "attention": "", "degradation": ""}
-        return "".join(f"_{mark}{getattr(self, name)}" for name, mark in marks.items() if name in changed)
+        values = {name: getattr(self, name) for name in marks}
+        return "".join(f"_{marks[name]}{value}" for name, value in values.items() if value not in (None, usual.get(name)))
 
     @property
     def gt_patch_size(self) -> int:

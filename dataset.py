@@ -77,8 +77,8 @@ def find_pairs(folder: str | os.PathLike, upscale_factor: int, degradation: str 
             f"{folder}: {problem}{f' ({beside})' if beside else ''}; put the GT images into {folder / 'GT'} as .png or .jpg, "
             f"or name another data_root or set{fetch}"
         )
-    gt = _by_name(gt_files, lambda stem: stem.removesuffix(f"_SRF_{upscale_factor}_HR"))
-    lr = _by_name(lr_files, lambda stem: stem if stem in gt else _without_scale(stem, upscale_factor))
+    gt = _by_name(gt_files, folder, lambda name: name.removesuffix(f"_SRF_{upscale_factor}_HR"))
+    lr = _by_name(lr_files, folder, lambda name: name if name in gt else _without_scale(name, upscale_factor))
     if lr and gt.keys() != lr.keys():
         name = min(gt.keys() ^ lr.keys())
         found, missing = (gt[name], lr_files[0].parent) if name in gt else (lr[name], gt_files[0].parent)
@@ -114,9 +114,13 @@ def _without_scale(stem: str, scale: int) -> str:
     return re.sub(rf"(x{scale}|_SRF_{scale}_LR)$", "", stem)
 
 
-def _by_name(files: Sequence[Path], to_name: Callable[[str], str]) -> dict[str, Path]:
+def _by_name(files: Sequence[Path], folder: Path, to_name: Callable[[str], str]) -> dict[str, Path]:
+    """The files by their names within the set's GT or LR folder."""
     named: dict[str, Path] = {}
-    root = Path(os.path.commonpath([file.parent for file in files])) if files else Path()
+    parents = files[0].parents if files else []
+    root = next(
+        (each for each in parents if _NESTED.fullmatch(each.name) and each.is_relative_to(folder)), files[0].parent if files else folder
+    )
     for file in files:
         name = to_name(unicodedata.normalize("NFC", file.relative_to(root).with_suffix("").as_posix()))  # macOS splits ü into two
         if any("\ud800" <= character <= "\udfff" for character in str(file)):  # Python's stand-in for a byte that is not UTF-8
@@ -558,9 +562,12 @@ class CUDAPrefetcher(CPUPrefetcher):
     def __init__(self, loader: DataLoader, device: torch.device, channels_last: bool = True, stop: StopRequest | None = None) -> None:
         super().__init__(loader, device, channels_last, stop)
         self._stream = torch.cuda.Stream(device)
-        self._ahead = self._fetch()
+        self._ahead: dict[str, Tensor] | None = None
+        self._begun = False
 
     def __next__(self) -> dict[str, Tensor]:
+        if not self._begun:  # not in __init__, as a stop request may interrupt it
+            self._begun, self._ahead = True, self._fetch()
         if self._ahead is None:
             raise StopIteration
         torch.cuda.current_stream(self._device).wait_stream(self._stream)

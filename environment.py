@@ -4,7 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-PACKAGES = ("numpy", "scipy", "cv2", "PIL", "tifffile", "safetensors", "torch", "torchvision", "tqdm", "tyro")
+PACKAGES = ("numpy", "scipy", "cv2", "PIL", "tifffile", "safetensors", "torch", "torchvision", "tqdm", "tyro", "tensorboard", "skimage")
 
 if sys.version_info < (3, 10):  # noqa: UP036 (a person may start a script by an older one)
     sys.exit(f"error: this is Python {sys.version.split()[0]}, but at least 3.10 is needed")

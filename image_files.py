@@ -167,13 +167,17 @@ def passed_over(folder: str | os.PathLike, nested: bool = False) -> str:
     return f"passed over in {folder}: {', '.join(found)}{remedy}"
 
 
+def _raise(error: OSError) -> None:
+    raise error
+
+
 _OF_SYSTEMS = (".db", ".ini")  # Thumbs.db, desktop.ini
 
 
 def _walk(folder: Path, nested: bool) -> Iterator[Path]:
     """Visible files; a folder that is reached twice, as by a link to itself, is entered once."""
     entered = {folder.resolve()}
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
         yield from (Path(place, name) for name in names if not name.startswith(".") and Path(place, name).is_file())
         inner = [name for name in sorted(folders) if nested and not name.startswith(".") and Path(place, name).resolve() not in entered]
         entered.update(Path(place, name).resolve() for name in inner)
@@ -348,7 +352,7 @@ def _open_with_tifffile(file: BinaryIO) -> tifffile.TiffPage:
 def _refuse_raw(file: BinaryIO, subfile: int, is_dng: bool) -> None:
     """Refuse what cameras store raw: TIFF files whose first image is a preview."""
     file.seek(8)
-    if is_dng or int(subfile) & 1 or file.read(2) == b"CR":  # NewSubfileType's bit for reduced images; Canon's CR2
+    if is_dng or int(subfile) & 1 or file.read(4) == b"CR\2\0":  # NewSubfileType's bit for reduced images; Canon's CR2
         raise _RefusedError("is a raw photograph, whose first image is a preview; develop it to TIFF or PNG with your camera's program")
 
 
@@ -464,6 +468,8 @@ def _to_photo(image: Image.Image, file: BinaryIO) -> Photo:
         image.info["transparency"] *= 255 // (2**depth - 1)  # Pillow enlarges the values of the pixels, but not this one
     if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
         alpha = _to_array(image, "A")
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and 282 not in image.tag_v2:
+        image.info.pop("dpi", None)  # invented by Pillow
     dpi, gray = _plausible_dpi(image.info.get("dpi")), image.mode in ("1", "L", "LA", "La")
     if image.mode in ("CMYK", "LAB", "YCbCr"):
         image, profile = _to_srgb(image, profile), None

@@ -120,7 +120,9 @@ def find_inputs(path: Path, output: Path) -> list[Path]:
     results = output.resolve() if output.resolve() != path.resolve() else None
     found = [file for file in list_images(path, nested=True) if results is None or not file.parent.resolve().is_relative_to(results)]
     if not found:
-        raise FileNotFoundError(f"{path.absolute()}: no image in it; known endings are {', '.join(IMAGE_SUFFIXES)}")
+        others = image_files.passed_over(path, nested=True)
+        known = ", ".join(IMAGE_SUFFIXES)
+        raise FileNotFoundError(f"{path.absolute()}: no image in it; known endings are {known}{f'; {others}' if others else ''}")
     return found
 
 
@@ -138,11 +140,13 @@ def plan_outputs(inputs: Sequence[Path], root: Path, folder: Path, output_format
         own = file.suffix.lower() if file.suffix.lower() in FORMATS else ".png"
         return folder / nested / f"{name}{own if output_format == 'same' else f'.{output_format}'}"
 
-    if folder.suffix.lower() in IMAGE_SUFFIXES and not folder.is_dir():
+    if folder.suffix.lower() in (*IMAGE_SUFFIXES, ".heic", ".heif") and not folder.is_dir():
         if root.is_dir():
             raise ValueError(f"output={str(folder)!r} is the name of one image, but {root} is a folder: give a folder with --output")
         if folder.suffix.lower() not in FORMATS:
             raise ValueError(f"output={str(folder)!r}: {folder.suffix} can't be written; choose {', '.join(FORMATS)}")
+        if output_format not in ("png", "same") and FORMATS[folder.suffix.lower()] != FORMATS[f".{output_format}"]:
+            raise ValueError(f"output={str(folder)!r} contradicts output_format={output_format!r}: leave one out")
         targets = {inputs[0]: folder}
     else:
         shared = Counter(str(target(file, file.stem)).lower() for file in inputs)  # some systems don't tell A from a
@@ -173,7 +177,7 @@ def keep_existing(targets: Mapping[Path, Path], existing: str) -> list[Path]:
             "--existing overwrite to replace them, or another --output"
         )
     if present and existing == "skip":
-        print(f"skipped {len(present)} of {len(targets)} images, whose results are already there")
+        print(f"skipped {len(present)} of {len(targets)} images, whose results are already there, whatever made them")
         return [file for file, path in targets.items() if not path.exists()]
     return list(targets)
 

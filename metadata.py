@@ -33,8 +33,13 @@ _JPEG_SEGMENT = 65_500  # bytes that a JPEG segment can hold
 _TEXT = (b"tEXt", b"zTXt", b"iTXt")
 _COLOUR = (b"cICP", b"gAMA", b"cHRM", b"sRGB", b"mDCV", b"cLLI")  # what a PNG's values mean, beside the colour profile
 _CURVES = {8: "linear", 16: "PQ", 18: "HLG"}  # transfer functions by their numbers in ITU-T H.273
+_SRGB_PRIMARIES = (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)  # white, red, green, blue; times 100,000
 _SRGB = ((1, 13), (1, 1))  # primaries and transfer function in cICP that equal sRGB, or nearly so
 
+# Chunks that the image has in another form, or that are about its palette or its frames, which are counted
+_CARRIED = (
+    b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"iCCP", b"pHYs", b"eXIf", b"bKGD", b"hIST", b"sPLT", b"sBIT", b"acTL", b"fcTL", b"fdAT",
+)  # fmt: skip
 # EXIF tags of the photo; the others of a TIFF describe how its pixels are stored
 _DESCRIBING = {270, 271, 272, 274, 305, 306, 315, 316, 18246, 18249, 33432, 34665, 34853, *range(40091, 40096)}
 _STORING = {
@@ -126,7 +131,12 @@ class Metadata:
         if len(code := chunks.get(b"cICP", b"")) == 4:
             return [] if (code[0], code[1]) in _SRGB else [f"{_CURVES.get(code[1], 'not sRGB')} by its cICP chunk"]
         gamma = int.from_bytes(chunks.get(b"gAMA", b"")[:4], "big") / 100_000
-        return [f"of gamma {gamma:.3g} by its gAMA chunk"] if gamma and b"sRGB" not in chunks and abs(gamma - 1 / 2.2) > 0.01 else []
+        if b"sRGB" in chunks:
+            return []
+        found = [f"of gamma {gamma:.3g} by its gAMA chunk"] if gamma and abs(gamma - 1 / 2.2) > 0.01 else []
+        primaries = struct.unpack(">8I", chunks[b"cHRM"]) if len(chunks.get(b"cHRM", b"")) == 32 else _SRGB_PRIMARIES
+        is_srgb = all(abs(one - other) < 1000 for one, other in zip(primaries, _SRGB_PRIMARIES, strict=True))
+        return found if is_srgb else [*found, "of other primaries by its cHRM chunk"]
 
 
 def read(file: BinaryIO) -> Metadata:
@@ -165,10 +175,13 @@ def _read_tiff(file: BinaryIO) -> Metadata:
 
 
 def _read_png(file: BinaryIO) -> Metadata:
-    exif, xmp, kept, lost = b"", b"", list[tuple[bytes, bytes]](), tuple[str, ...]()
-    for kind, content in png_chunks(file, (*_TEXT, *_COLOUR, b"eXIf")):
+    exif, xmp, kept, kinds = b"", b"", list[tuple[bytes, bytes]](), _png_kinds(file)
+    lost = tuple(sorted(f"the {kind.decode('latin-1')} chunk" for kind in kinds - {*_TEXT, *_COLOUR, *_CARRIED}))
+    colour = _COLOUR if b"iCCP" not in kinds else ()  # which counts more
+    for kind, content in png_chunks(file, (*_TEXT, *colour, b"eXIf")):
         if kind == b"eXIf":
-            exif, lost = _upright(content)
+            exif, damaged = _upright(content)
+            lost += damaged
         elif content.startswith(b"XML:com.adobe.xmp\0"):
             xmp = _upright_xmp(_text_of(content))
         elif content.startswith(b"Raw profile type "):  # ImageMagick's older way, whose orientation would turn the photo again
@@ -189,6 +202,16 @@ def png_chunks(file: BinaryIO, kinds: tuple[bytes, ...]) -> Iterator[tuple[bytes
                 yield kind, content
         else:
             file.seek(length + 4, 1)
+
+
+def _png_kinds(file: BinaryIO) -> set[bytes]:
+    """The kinds of chunks in a PNG."""
+    kinds = set()
+    file.seek(8)
+    while len(header := file.read(8)) == 8:
+        kinds.add(header[4:])
+        file.seek(int.from_bytes(header[:4], "big") + 4, 1)
+    return kinds
 
 
 def png_chunk(kind: bytes, content: bytes) -> bytes:
@@ -224,4 +247,4 @@ def _upright(content: bytes) -> tuple[bytes, tuple[str, ...]]:
 
 def _upright_xmp(xmp: bytes | str) -> bytes:
     xmp = xmp.encode() if isinstance(xmp, str) else xmp
-    return re.sub(rb'(tiff:Orientation(?:="|>))[0-9]', rb"\g<1>1", xmp)
+    return re.sub(rb"""(tiff:Orientation\s*(?:=\s*["']|>\s*))[0-9]""", rb"\g<1>1", xmp)

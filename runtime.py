@@ -68,7 +68,7 @@ def run_script(main: Callable[[], None]) -> None:
         sentence = None if debug else _sentence(error)
         if sentence is None:
             raise
-        who = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
+        who = f" (process {os.environ['RANK']})" if (os.environ.get("RANK") or "0") != "0" else ""
         print(f"error{who}: {sentence}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -179,8 +179,8 @@ def _signals(handler: Callable[[int, Any], None], *names: str) -> Iterator[None]
             signal.signal(number, previous)
 
 
-class Interrupted(Exception):
-    """A stop request has ended work whose result is not needed."""
+class Interrupted(BaseException):
+    """A stop request has ended work whose result is not needed; no Exception, as libraries catch those."""
 
 
 class StopRequest:
@@ -355,9 +355,10 @@ def start_runtime(alone: bool = False) -> Runtime:
     Raises:
         ValueError: torchrun's environment is incomplete, or the GPU can't be used.
     """
+    if alone and os.environ.get("WORLD_SIZE", "1") != "1":
+        what = f"WORLD_SIZE={os.environ['WORLD_SIZE']}"
+        raise ValueError(f"{what}, but this script works in one process: start it without torchrun, or unset WORLD_SIZE and RANK")
     rank, world_size, local_rank, local_world_size = _read_environment()
-    if alone and world_size > 1:
-        raise ValueError(f"WORLD_SIZE={world_size}, but this script works in one process: start it without torchrun, or unset WORLD_SIZE")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -396,7 +397,7 @@ def _read_environment() -> tuple[int, int, int, int]:
     rank, world_size = values["RANK"], values["WORLD_SIZE"]
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if world_size > 1 and name not in os.environ]
     if missing or rank >= world_size:
-        what = f"{' and '.join(missing)} missing" if missing else f"RANK={rank}"
+        what = f"{', '.join(missing)} missing" if missing else f"RANK={rank}"
         raise ValueError(f"WORLD_SIZE={world_size} with {what} is not a start by torchrun: use torchrun, or unset WORLD_SIZE and RANK")
     return rank, world_size, values["LOCAL_RANK"], values["LOCAL_WORLD_SIZE"]
 

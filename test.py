@@ -296,10 +296,21 @@ def _cell(scores: Scores) -> str:
 def write(folder: Path, results: Sequence[Result], absent: Sequence[str], config: Config) -> None:
     """Write metrics.json, metrics.csv with a row for each image, and report.md."""
     metrics = {result.name: metrics_of(result, config) for result in results}
+    name_replaced(folder / "metrics.json", metrics if len(results) > 1 else metrics[results[0].name])
     files.write_text(folder / "metrics.json", to_json(metrics if len(results) > 1 else metrics[results[0].name], indent=2) + "\n")
     files.write_text(folder / "metrics.csv", rows_of(results, config))
     lines = [*(result.description for result in results), *(f"{name}: {value}" for name, value in provenance().items())]
     files.write_text(folder / "report.md", "\n".join([report(results, absent, config), "", *(f"- {line}" for line in lines), ""]))
+
+
+def name_replaced(path: Path, metrics: Mapping[str, Any]) -> None:
+    """Say which earlier scores in a report are not among the new ones."""
+    try:
+        gone = sorted(json.loads(path.read_text(encoding="utf-8")).keys() - metrics.keys())
+    except (OSError, ValueError, AttributeError):
+        return
+    if gone:
+        print(f"note: {path}: the earlier scores of {', '.join(gone)} are replaced; score all sets at once to keep them", file=sys.stderr)
 
 
 def metrics_of(result: Result, config: Config) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     methods = {folder: pair_images(Path(folder), gt) for folder in config.sr}
     notes = {folder: check_sizes(pairs, gt, scale, border) for folder, pairs in methods.items()}
     for folder in methods:
-        notes[folder] += filter(None, [image_files.passed_over(folder)])
+        notes[folder] += filter(None, [image_files.passed_over(folder, nested=True)])
     names = [*dict.fromkeys(("psnr", "ssim", *config.metrics))]
     asked = {"gt": str(next(iter(gt.values())).parent), "upscale_factor": scale, "border": border}
     asked |= {"only_y_channel": config.only_y_channel, "metrics": names}
@@ -99,15 +99,16 @@ def pair_images(folder: Path, gt: Mapping[str, Path]) -> dict[str, Path]:
     """The SR file of each GT image: named as the GT image, or with one more ending, such as x4, that all files of the folder share."""
     if any("\ud800" <= character <= "\udfff" for character in str(folder)):  # Python's stand-in for a byte that is not UTF-8
         raise ValueError(f"{str(folder)!r}: the name is not UTF-8, but reports are; rename it")
-    found = image_files.list_images(folder) if folder.is_dir() else []
+    found = image_files.list_images(folder, nested=True) if folder.is_dir() else []
     if not found:
         problem = "no image is in it" if folder.is_dir() else "no such folder"
         raise FileNotFoundError(f"{folder}: {problem}; give the folder that holds the upscaled images with --sr")
     sr: dict[str, Path] = {}
     for file in found:
-        if file.stem in sr:
-            raise ValueError(f"{file}: has the same name as {sr[file.stem].name}; move one away")
-        sr[file.stem] = file
+        name = file.relative_to(folder).with_suffix("").as_posix()
+        if name in sr:
+            raise ValueError(f"{file}: has the same name as {sr[name].name}; move one away")
+        sr[name] = file
     endings = {"", *(stem[len(name) :] for stem in sr for name in gt if stem.startswith(name))}
     if any(name[-1].isdigit() for name in gt):
         endings = {ending for ending in endings if not ending[:1].isdigit()}  # 10 is not the image 1

@@ -318,6 +318,10 @@ def test_folders_within_gt_and_lr_belong_to_the_names(tmp_path):
         image_files.write_image(tmp_path / f"Set/LRbicx2/{clip}/1x2.png", drawn_image(12, 12))
     pairs = find_pairs(tmp_path / "Set", 2)
     assert [(pair.name, pair.lr.parent.name) for pair in pairs] == [("000/1", "000"), ("001/1", "001")]
+    shutil.rmtree(tmp_path / "Set/GT/001")
+    shutil.rmtree(tmp_path / "Set/LRbicx2/000")
+    with pytest.raises(ValueError, match=r"000.1\.png|001.1x2\.png"):  # another clip is no partner
+        find_pairs(tmp_path / "Set", 2)
 
 
 def test_lr_folders_of_unknown_names_are_named(tmp_path):

@@ -781,6 +781,11 @@ def test_further_bands_of_a_tiff_are_named_or_the_file_is_refused(tmp_path, extr
         assert len(photo.notes) == 1
 
 
+def test_a_tiff_without_a_resolution_gets_none(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "a.tif")
+    assert read_photo(tmp_path / "a.tif").dpi is None
+
+
 # Folders
 
 

@@ -294,7 +294,9 @@ def test_the_output_of_one_image_may_be_a_file(tmp_path, run):
     assert written(tmp_path / "new") == ["large.jpg"]
     with Image.open(tmp_path / "new/large.jpg") as image:
         assert (image.format, image.size) == ("JPEG", (34, 24))
-    for source, output in (("a.png", "b.gif"), (".", "b.png")):
+    with pytest.raises(ValueError, match="output_format"):
+        run("--input", tmp_path / "a.png", "--output", tmp_path / "b.png", "--output_format", "jpg")
+    for source, output in (("a.png", "b.gif"), ("a.png", "b.heic"), (".", "b.png")):
         with pytest.raises(ValueError, match=output):
             run("--input", tmp_path / source, "--output", tmp_path / output)
 

@@ -125,6 +125,8 @@ def test_a_tiff_holds_the_texts_and_names_the_rest(tmp_path):
     [
         (b"gAMA", struct.pack(">I", 100_000), True),  # linear
         (b"gAMA", struct.pack(">I", 45_455), False),  # sRGB's
+        (b"cHRM", struct.pack(">8I", 31270, 32900, 64000, 33000, 21000, 71000, 15000, 6000), True),  # Adobe RGB's primaries
+        (b"cHRM", struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000), False),  # sRGB's
         (b"cICP", bytes([9, 16, 0, 1]), True),  # PQ
         (b"cICP", bytes([1, 13, 0, 1]), False),  # sRGB
     ],
@@ -177,6 +179,19 @@ def test_damage_beside_the_pixels_is_named_and_the_pixels_are_read(tmp_path, dam
     photo = read_photo(path)
     assert (photo.pixels == RGB).all()
     assert photo.notes or photo.metadata.lost
+
+
+def test_chunks_that_are_not_known_are_named(tmp_path):
+    path = chunk_after_header(tmp_path / "a.png", (b"tIME", bytes(7)), (b"caBX", b"who made it"))
+    said = " ".join(read_photo(path).metadata.left_out("PNG"))
+    assert "tIME" in said and "caBX" in said
+
+
+@pytest.mark.parametrize("spelling", ["='6'", ' = "6"', "> 6 <", ">6<"])
+def test_every_spelling_of_xmps_orientation_is_reset(tmp_path, spelling):
+    path = saved(tmp_path / "a.jpg", xmp=f"<x tiff:Orientation{spelling}/>".encode())
+    with open(path, "rb") as file:
+        assert metadata.read(file).xmp == f"<x tiff:Orientation{spelling}/>".replace("6", "1").encode()
 
 
 def test_a_text_that_unpacks_to_gigabytes_is_cut(tmp_path):
