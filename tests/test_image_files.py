@@ -817,6 +817,6 @@ def test_what_is_passed_over_is_counted_by_ending(tmp_path):
     assert all(part in flat for part in ("2 .heic", "1 .txt", "inner", "1 dead"))
     assert all(part in nested for part in ("2 .heic", "1 .txt", "1 .xcf"))
     assert ".db" not in flat + nested
-    assert passed_over(tmp_path / "inner", nested=True).count("1") == 1
+    assert passed_over(tmp_path / "inner", nested=True).endswith("inner: 1 .xcf")
     (tmp_path / "inner/f.xcf").unlink()
     assert passed_over(tmp_path / "inner") == ""
