@@ -277,3 +277,11 @@ def test_a_best_score_counts_while_its_file_and_its_images_are_there(tmp_path):
     assert checkpoints.outdated_best({"best_psnr": 30.0}, last, tmp_path, "b") == ""  # older checkpoints don't tell
     assert checkpoints.outdated_best(checkpoint, tmp_path / "other" / "last.pth.tar", tmp_path, "a")
     assert checkpoints.outdated_best({**checkpoint, "best_psnr": -math.inf}, last, tmp_path, "b") == ""  # there is none
+
+
+def test_a_run_resumes_with_the_images_that_it_was_started_with(tmp_path):
+    now = "5 images of 9 pixels, 0123, content 7"
+    for before in (now, "5 images of 9 pixels, 0123"):  # older checkpoints lack the content
+        checkpoints.restore({}, {"data": before}, tmp_path / "last.pth.tar", now)
+    with pytest.raises(ValueError, match=r"last\.pth\.tar"):
+        checkpoints.restore({}, {"data": "5 images of 9 pixels, 0123, content 8"}, tmp_path / "last.pth.tar", now)

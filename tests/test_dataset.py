@@ -411,3 +411,11 @@ def test_a_wait_for_data_ends(slow, monkeypatch, end):
     with pytest.raises(Interrupted if end == "stop" else ValueError):
         next(prefetcher)
     assert time.monotonic() - start < 30
+
+
+def test_other_pixels_of_the_same_size_have_another_fingerprint():
+    stores = [InMemory(2, [(20, 20)]), InMemory(2, [(20, 20)])]
+    stores[1].content = "1"
+    first, second = (TrainBatches(store, 4, 6, 0).fingerprint for store in stores)
+    assert first != second
+    assert first.partition(", content")[0] == second.partition(", content")[0]  # which older checkpoints hold
