@@ -42,11 +42,11 @@ class InferenceConfig:
     upscale_factor: Literal[2, 3, 4, 8] | None = None  # of the light network, None: 4; with model_path it must be that of the file
     outscale: float | None = None  # multiply the input's size by this, adjusting by bicubic; None: the network's scale
     output_format: Literal["png", "same", "jpg", "webp", "tif", "bmp"] = "png"  # write this format; same: each input's own
-    quality: int = 95  # compress JPEG and WebP to this quality, 1 to 100; at 100, WebP is lossless
+    quality: int | None = None  # compress JPEG and WebP to this quality, 1 to 100; at 100, WebP is lossless; None: 95
     self_ensemble: bool = False  # average over the eight flips and rotations of the image (RCAN+); eight times as slow
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"  # compute in this precision; auto: bf16 where the device is fast at it
     tile: int = 0  # cut images into tiles of this side, LR pixels, if memory is too small; changes results; 0: whole images
-    tile_overlap: int = 32  # blend neighbouring tiles over this many LR pixels
+    tile_overlap: int | None = None  # blend neighbouring tiles over this many LR pixels; None: 32
 
     def __post_init__(self) -> None:
         for name in ("input", "output", "model_path"):
@@ -54,10 +54,16 @@ class InferenceConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: ~ is only replaced by shells, and not here: write the whole path")
         if self.outscale is not None and not 0 < self.outscale <= 64:
             raise ValueError(f"outscale={self.outscale} must be greater than 0 and at most 64")
-        if not 1 <= self.quality <= 100:
+        if self.quality is not None and not 1 <= self.quality <= 100:
             raise ValueError(f"quality={self.quality} must be 1 to 100")
-        if self.tile < 0 or self.tile_overlap < 0 or 0 < self.tile <= 2 * self.tile_overlap:
-            raise ValueError(f"tile={self.tile} must be 0, or more than twice tile_overlap={self.tile_overlap}, as in --tile 256")
+        if self.tile_overlap is not None and not self.tile:
+            raise ValueError(f"tile_overlap={self.tile_overlap} has no effect without tiles: leave it out, or set --tile 256")
+        if self.tile < 0 or self.overlap < 0 or 0 < self.tile <= 2 * self.overlap:
+            raise ValueError(f"tile={self.tile} must be 0, or more than twice tile_overlap={self.overlap}, as in --tile 256")
+
+    @property
+    def overlap(self) -> int:
+        return 32 if self.tile_overlap is None else self.tile_overlap
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,6 +72,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     source, output = Path(config.input), Path(config.output)
     inputs = find_inputs(source, output)
     targets = plan_outputs(inputs, source, output, config.output_format)
+    if config.quality is not None and {"JPEG", "WEBP"}.isdisjoint(FORMATS[path.suffix.lower()] for path in targets.values()):
+        raise ValueError(
+            f"quality={config.quality} has no effect, as no result is JPEG or WebP: leave it out, or choose another output_format"
+        )
     if source.is_dir() and (others := image_files.passed_over(source, nested=True)):
         print(others)
     inputs = keep_existing(targets, config.existing)
@@ -88,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     precision = utils.choose_precision(config.precision, runtime.device)
 
     def enlarge(image: NDArray) -> NDArray:
-        return upscale(network, image, config.self_ensemble, precision=precision, tile=config.tile, tile_overlap=config.tile_overlap)
+        return upscale(network, image, config.self_ensemble, precision=precision, tile=config.tile, tile_overlap=config.overlap)
 
     failed = []
     for file in (bar := tqdm(inputs, "upscaling", unit="image")):
@@ -201,7 +211,7 @@ def upscale_file(file: Path, target: Path, enlarge: Callable[[NDArray], NDArray]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = enlarge_photo(photo, enlarge, size)
-    write_photo(target, result, config.quality)
+    write_photo(target, result, config.quality or 95)
     return notes + [f"warning: {warning.message}" for warning in caught]
 
 

@@ -325,6 +325,16 @@ def test_no_hidden_colour_bleeds_into_the_rim():
     assert abs(result.pixels[seen].astype(int) - (250, 240, 60)).max() == 0
 
 
+@pytest.mark.parametrize(("name", "value"), [("quality", 50), ("tile_overlap", 8)])
+def test_options_without_effect_are_refused(tmp_path, run, name, value):
+    write_image(tmp_path / "a.png", RGB)
+    with pytest.raises((SystemExit, ValueError)):
+        run("--input", tmp_path / "a.png", "--output", tmp_path / "o", f"--{name}", value)
+    assert not (tmp_path / "o").exists()
+    needed = {"quality": ("--output_format", "jpg"), "tile_overlap": ("--tile", 32)}[name]
+    run("--input", tmp_path / "a.png", "--output", tmp_path / "o", f"--{name}", value, *needed)
+
+
 def test_files_beside_images_are_named(tmp_path, run, capsys):
     write_image(tmp_path / "in/a.png", RGB)
     (tmp_path / "in/b.heic").write_bytes(b"x")
