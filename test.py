@@ -12,6 +12,10 @@ by the papers' protocol.
 import environment  # noqa: F401 (names missing packages)
 
 # isort: split
+from config import Config, answer_help, parse
+
+if __name__ == "__main__":
+    answer_help(lambda: parse(Config, "test"))
 
 import csv
 import io
@@ -35,7 +39,6 @@ import imgproc
 import model
 import utils
 import weights
-from config import Config, parse
 from reports import markdown_table, provenance, to_json
 from runtime import Runtime, run_script, start_runtime
 from upscaling import upscale

@@ -11,6 +11,10 @@ A run writes to results/<exp_name>: last.pth.tar, best.pth.tar, config.json, log
 import environment  # noqa: F401 (names missing packages)
 
 # isort: split
+from config import Config, answer_help, parse
+
+if __name__ == "__main__":
+    answer_help(lambda: parse(Config, "train"))
 
 import contextlib
 import math
@@ -31,9 +35,9 @@ import files
 import image_files
 import losses
 import model
+import optimizers
 import utils
 import weights
-from config import Config, parse
 from reports import SKIPPED, Meter, RunLog, SampleSheet, provenance, to_json
 from runtime import (
     STOPPED,
@@ -89,7 +93,8 @@ class PixelStep:
         self.generator = build_generator(config).to(runtime.device)
         self.forward = parallel(self.generator, runtime)
         self.criterion: nn.Module = losses.L1Loss()
-        self.optimizer, self.scheduler = utils.build_optimizer(self.generator, config, config.learning_rate)
+        self.optimizer = optimizers.build_optimizer(self.generator, config)
+        self.scheduler = optimizers.build_schedule(self.optimizer, config)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=precision == "fp16")
         self.guard = utils.UpdateGuard(config.skip_threshold, runtime.world_size).to(runtime.device)
 

@@ -10,6 +10,11 @@ IMPROVED_USAGE.md is the guide. The loop is train.py's; `AdversarialStep` is one
 import environment  # noqa: F401 (names missing packages)
 
 # isort: split
+from config import answer_help
+from config_improved import ImprovedConfig, parse_improved
+
+if __name__ == "__main__":
+    answer_help(parse_improved)
 
 import os
 import sys
@@ -22,10 +27,9 @@ from torch import Tensor, nn
 import checkpoints
 import losses
 import model
+import optimizers
 import train
-import utils
 import weights
-from config_improved import ImprovedConfig, parse_improved
 from reports import SKIPPED
 from runtime import STOPPED, Runtime, parallel, run_script, synchronised
 
@@ -69,8 +73,9 @@ class AdversarialStep(train.PixelStep):
             layout = torch.channels_last if config.channels_last else torch.contiguous_format
             self.discriminator = model.Discriminator(config.discriminator_channels).to(runtime.device).to(memory_format=layout)
             self.judge = parallel(self.discriminator, runtime)
-            built = utils.build_optimizer(self.discriminator, config, config.discriminator_learning_rate)
-            self.discriminator_optimizer, self.discriminator_scheduler = built
+            rate = config.discriminator_learning_rate
+            self.discriminator_optimizer = optimizers.build_adam(self.discriminator.parameters(), config, rate)
+            self.discriminator_scheduler = optimizers.build_schedule(self.discriminator_optimizer, config)
             self.balance = Balance(config.total_updates).to(runtime.device)
 
     def __call__(self, lr: Tensor, gt: Tensor) -> dict[str, Tensor]:

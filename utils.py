@@ -1,4 +1,4 @@
-"""Seeds, precision, optimizer, EMA, the guard against bad updates, evaluation, memory and random generators: what the scripts share."""
+"""Seeds, precision, EMA, the guard against bad updates, evaluation, memory and random generators: what the scripts share."""
 
 import contextlib
 import copy
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import imgproc
-from config import Config
 from imgproc import RGB
 from runtime import Interrupted, Poll, Runtime, StopRequest
 
@@ -43,20 +42,6 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     cpu = Path("/proc/cpuinfo")  # other systems do not tell, and fp32 is safe
     flags = cpu.read_text(encoding="utf-8", errors="replace") if cpu.is_file() else ""
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
-
-
-def build_optimizer(network: nn.Module, config: Config, learning_rate: float) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
-    """Adam, and the schedule of its learning rate by update."""
-    optimizer = torch.optim.Adam(network.parameters(), learning_rate, config.adam_betas, eps=1e-8, fused=True)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: learning_rate_factor(config, update))
-
-
-def learning_rate_factor(config: Config, update: int) -> float:
-    """The factor of `learning_rate` in the update after `update` others: warm-up, then steps or a cosine."""
-    rise = min(1.0, (update + 1) / (config.warmup_updates + 1))
-    if config.schedule == "cosine":
-        return rise * 0.5 * (1 + math.cos(math.pi * min(update / config.total_updates, 1)))
-    return rise * 0.5 ** (update // config.halve_every)
 
 
 class EMA:

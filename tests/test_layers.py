@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # Rows of the house from the bottom up; a file may import what stands in a lower row, or further right in its own
 ROWS = (
     ("config", "losses", "layouts", "model", "imgproc", "image_files", "metadata", "runtime", "files", "environment"),
-    ("store", "dataset", "weights", "utils", "reports"),
+    ("store", "dataset", "weights", "utils", "reports", "optimizers"),
     ("checkpoints", "upscaling", "config_improved"),
     ("train", "test", "inference"),
     ("train_improved",),
@@ -59,6 +59,15 @@ def in_a_new_process(code: str, folder: Path) -> str:
 def test_importing_settings_takes_no_torch_and_no_arguments(tmp_path):
     code = "import sys; sys.argv = ['x', '--nonsense']; import config, config_improved; print('torch' in sys.modules)"
     assert in_a_new_process(code, tmp_path) == "False"
+
+
+@pytest.mark.parametrize("script", ["train.py", "test.py", "train_improved.py"])
+def test_help_takes_no_torch(script):
+    command = [sys.executable, "-X", "importtime", script, "--help"]
+    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert finished.returncode == 0 and "--model_arch_name" in finished.stdout
+    modules = {line.split("|")[-1].strip() for line in finished.stderr.splitlines()}
+    assert "tyro" in modules and "torch" not in modules
 
 
 IMPORT_ALL = """

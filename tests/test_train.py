@@ -17,6 +17,7 @@ from pytest import approx
 import checkpoints
 import dataset
 import image_files
+import optimizers
 import reports
 import train
 import utils
@@ -87,11 +88,11 @@ def test_gradients_are_clipped(settings):
 
 def test_learning_rates(settings):
     steps = settings(halve_every=200, warmup_updates=0, epochs=500)
-    assert [utils.learning_rate_factor(steps, update) for update in (0, 199, 200, 399, 400)] == [1, 1, 0.5, 0.5, 0.25]
+    assert [optimizers.learning_rate_factor(steps, update) for update in (0, 199, 200, 399, 400)] == [1, 1, 0.5, 0.5, 0.25]
     warm = settings(halve_every=200, warmup_updates=9)
-    assert [utils.learning_rate_factor(warm, update) for update in (0, 4, 9, 10)] == approx([0.1, 0.5, 1, 1])
+    assert [optimizers.learning_rate_factor(warm, update) for update in (0, 4, 9, 10)] == approx([0.1, 0.5, 1, 1])
     cosine = settings(schedule="cosine", epochs=50)  # 100 updates
-    factors = [utils.learning_rate_factor(cosine, update) for update in (0, 25, 50, 100)]
+    factors = [optimizers.learning_rate_factor(cosine, update) for update in (0, 25, 50, 100)]
     assert factors == approx([1, (1 + math.sqrt(0.5)) / 2, 0.5, 0])
 
 
@@ -224,10 +225,11 @@ def poison(monkeypatch, *updates, factor=math.nan):
 
 
 @trains
-def test_a_skipped_update_leaves_the_whole_run_as_it_was(settings, monkeypatch):
-    """Weights, Adam's moments and steps, EMA weights: bit for bit those of the update before."""
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_skipped_update_leaves_the_whole_run_as_it_was(settings, monkeypatch, optimizer):
+    """Weights, the optimizer's moments and steps, EMA weights: bit for bit those of the update before."""
     poison(monkeypatch, 3, 4)
-    config = run(settings(steps_per_epoch=1, epochs=4, save_every=1, keep_last=9, ema_decay=0.9, log_every=4))
+    config = run(settings(steps_per_epoch=1, epochs=4, save_every=1, keep_last=9, ema_decay=0.9, log_every=4, optimizer=optimizer))
     before, after = config.experiment_dir / "update_0000002.pth.tar", config.experiment_dir / "last.pth.tar"
     progress = ("/epoch", "/update", "/evaluated", "/scheduler", "/best", "/guard/in_a_row")
     assert same_checkpoints(before, after, "/meter", *progress) == []
@@ -308,8 +310,20 @@ def test_a_spike_is_skipped_by_choice(settings, monkeypatch):
 # Resuming
 
 
-CHANGES = ({"log_every": 2}, {"schedule": "cosine", "warmup_updates": 4, "num_workers": 2}, {"halve_every": 2, "ema_decay": 0.5})
-RESUMES = [(CHANGES[0], 3, "fp32"), (CHANGES[1], 3, "bf16"), (CHANGES[2], 3, "fp16"), (CHANGES[0], 2, "fp16"), (CHANGES[0], 6, "bf16")]
+CHANGES = (
+    {"log_every": 2},
+    {"schedule": "cosine", "warmup_updates": 4, "num_workers": 2},
+    {"halve_every": 2, "ema_decay": 0.5},
+    {"optimizer": "muon"},
+)
+RESUMES = [
+    (CHANGES[0], 3, "fp32"),
+    (CHANGES[1], 3, "bf16"),
+    (CHANGES[2], 3, "fp16"),
+    (CHANGES[0], 2, "fp16"),
+    (CHANGES[0], 6, "bf16"),
+    (CHANGES[3], 2, "fp32"),
+]
 
 
 @trains
