@@ -217,7 +217,7 @@ def test_what_decides_the_weights_may_not_change_at_resume():
     fixed = {
         "model_arch_name", "upscale_factor", "channels", "reduction", "num_rg", "num_rcab", "attention", "initial_channel_gate",
         "initial_spatial_gate", "seed", "epochs", "steps_per_epoch", "pretrained_model_path", "train_sets", "degradation", "lr_patch_size",
-        "small_images", "batch_size", "learning_rate", "adam_betas", "schedule", "halve_every", "warmup_updates", "clip_grad_norm",
+        "small_images", "batch_size", "optimizer", "learning_rate", "adam_betas", "schedule", "halve_every", "warmup_updates", "clip_grad_norm",
         "ema_decay", "precision", "best_metric", "use_composite_loss", "l1_weight", "perceptual_weight", "adversarial_weight",
     }  # fmt: skip
     improved = {"preset", "perceptual_layers", "adversarial_loss", "discriminator_channels", "discriminator_learning_rate"}

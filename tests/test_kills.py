@@ -35,7 +35,7 @@ SETTINGS = {
 }  # fmt: skip
 COMPOSITE = {
     "use_composite_loss": True, "vgg19_weights_path": "random", "perceptual_layers": "conv2_2", "discriminator_channels": 8,
-    "best_metric": "newest",
+    "best_metric": "newest", "optimizer": "muon",
 }  # fmt: skip
 KINDS = {
     "l1": ("train.py", {"model_arch_name": "rcan_light_x2"}),
