@@ -81,6 +81,7 @@ class RCAN(nn.Module):
         self.degradation: str | None = None  # "BI", "BD", "DN" or "photo", which the weights were trained for, where that is known
         self.upscale_factor = upscale_factor
         self.activation_checkpointing = False  # while training, recompute groups and upsampler in backward instead of storing them
+        self.folds_upsampler = False  # compute with `folded_upsampler`, which changes the two outermost LR pixels
         self.register_buffer("mean", torch.tensor(self.arguments["mean"]).view(1, 3, 1, 1))
         self.conv1 = _conv3x3(3, channels)
         self.trunk = nn.Sequential(*(ResidualGroup(channels, reduction, num_rcab, attention, activation) for _ in range(num_rg)))
@@ -102,7 +103,31 @@ class RCAN(nn.Module):
         """Upscale `x`, RGB in [0, 1], without changing it; the result may leave [0, 1] a little."""
         shallow = self.conv1(x - self.mean)  # (N, C, h, w)
         deep = self.conv2(self._compute(self.trunk, shallow)) + shallow  # (N, C, h, w)
-        return self.conv3(self._compute(self.upsampling, deep)) + self.mean  # (N, 3, scale h, scale w)
+        if self.folds_upsampler:
+            sr = functional.pixel_shuffle(functional.conv2d(deep, *self.folded_upsampler(), padding=2), self.upscale_factor)
+        else:
+            sr = self.conv3(self._compute(self.upsampling, deep))
+        return sr + self.mean  # (N, 3, scale h, scale w)
+
+    def folded_upsampler(self) -> tuple[Tensor, Tensor]:
+        """The upsampler and the last convolution as one convolution before a pixel shuffle: weight (3 scale², C, 5, 5) and bias.
+
+        Without activations they are linear, so their responses to single values tell all. One convolution takes a fraction of the
+        time. It computes the same but in the two outermost LR pixels, where the layers pad their own feature maps with zeros.
+
+        Raises:
+            ValueError: this network has activations there.
+        """
+        if self.arguments["upsampler_activation"]:
+            raise ValueError("upsampler_activation=True makes the upsampler nonlinear, so it can't be folded")
+        channels, scale = self.arguments["channels"], self.upscale_factor
+        impulses = self.conv2.weight.new_zeros(channels + 1, channels, 5, 5).contiguous(memory_format=torch.channels_last)
+        impulses[range(channels), range(channels), 2, 2] = 1  # the last one stays empty, and shows the bias
+        responses = self.conv3(self.upsampling(impulses))  # (C + 1, 3, 5 scale, 5 scale)
+        empty = responses[-1:]
+        weight = (responses[:-1] - empty).unflatten(3, (5, scale)).unflatten(2, (5, scale))  # (C, 3, 5, scale, 5, scale)
+        weight = weight.permute(1, 3, 5, 0, 2, 4).flip(4, 5).flatten(0, 2)  # flipped, as a pixel to the right sees the impulse left
+        return weight, empty[0, :, 2 * scale : 3 * scale, 2 * scale : 3 * scale].flatten()
 
     def _compute(self, layers: nn.Sequential, x: Tensor) -> Tensor:
         for layer in layers:

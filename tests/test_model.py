@@ -142,6 +142,26 @@ def test_the_gradient_reaches_every_weight(attention, recompute):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-9, atol=1e-15), name
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_folded_upsampler_computes_the_same_inside(scale):
+    """… and in the gradient of every weight; the two outermost LR pixels differ, where the layers pad with zeros."""
+    network, border = tiny(scale).double(), 2 * scale
+    x = torch.rand(2, 3, 9, 11, dtype=torch.float64)
+    results = []
+    for network.folds_upsampler in (False, True):
+        network.zero_grad()
+        inside = network(x)[..., border:-border, border:-border]
+        inside.square().mean().backward()
+        results.append([inside.detach(), *(parameter.grad for parameter in network.parameters())])
+    for layers, folded in zip(*results, strict=True):
+        assert folded.numpy() == approx(layers.numpy(), rel=1e-9, abs=1e-12)
+
+
+def test_an_upsampler_with_activations_is_not_folded():
+    with pytest.raises(ValueError, match="upsampler_activation"):
+        model.RCAN(2, 8, 4, 1, 1, upsampler_activation=True).folded_upsampler()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.skipif(not COMPILES, reason="no compiler for this processor")
