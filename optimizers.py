@@ -16,11 +16,12 @@ def build_optimizer(network: nn.Module, config: Config) -> torch.optim.Optimizer
     Muon moves the 3x3 convolutions between feature maps, nearly all of RCAN's weights; Adam moves the first and the last convolution,
     attention and biases.
     """
+    learning = [weight for weight in network.parameters() if weight.requires_grad]
     if config.optimizer == "adam":
-        return build_adam(network.parameters(), config, config.learning_rate)
-    convolutions = [weight for weight in network.parameters() if weight.shape[2:] == (3, 3) and min(weight.shape[:2]) > 3]
+        return build_adam(learning, config, config.learning_rate)
+    convolutions = [weight for weight in learning if weight.shape[2:] == (3, 3) and min(weight.shape[:2]) > 3]
     known = set(convolutions)
-    others = [weight for weight in network.parameters() if weight not in known]
+    others = [weight for weight in learning if weight not in known]
     return Muon(convolutions, build_adam(others, config, config.learning_rate))
 
 

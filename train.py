@@ -101,7 +101,6 @@ class PixelStep:
     def __call__(self, lr: Tensor, gt: Tensor) -> dict[str, Tensor]:
         parts = self.config.accumulation_steps
         learning_rate = float(self.scheduler.get_last_lr()[0])
-        self.generator.folds_upsampler = self.scheduler.last_epoch < self.config.folded_updates
         self.optimizer.zero_grad()
         found = []
         for number, (lr_part, gt_part) in enumerate(zip(lr.chunk(parts), gt.chunk(parts), strict=True), start=1):

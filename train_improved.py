@@ -81,7 +81,6 @@ class AdversarialStep(train.PixelStep):
     def __call__(self, lr: Tensor, gt: Tensor) -> dict[str, Tensor]:
         parts = self.config.accumulation_steps
         learning_rate = float(self.scheduler.get_last_lr()[0])
-        self.generator.folds_upsampler = self.scheduler.last_epoch < self.config.folded_updates
         if parts == 1:
             with self.autocast():
                 sr = self.forward(lr)  # (n, 3, H, W)

@@ -160,7 +160,7 @@ def _strips(network: nn.Module, x: Tensor, rows: int) -> Strips:
         above, below = max(0, top - _TAIL_REACH), min(x.shape[2], bottom + _TAIL_REACH)
         part = x[:, :, above:below]
         deep = network.conv2(trunk[:, :, above:below]) + network.conv1(part - network.mean)  # conv1 again, to store one map less
-        sr = network.conv3(network.upsampling(deep)) + network.mean
+        sr = network.enlarge(deep) + network.mean
         scale = network.upscale_factor
         yield top * scale, sr[:, :, (top - above) * scale : (bottom - above) * scale]
 

@@ -182,7 +182,8 @@ def describe(network: model.RCAN) -> str:
     trained_for = f", trained for {network.degradation}" if network.degradation else ""
     return (
         f"RCAN x{network.upscale_factor}, {arguments['num_rg']} groups of {arguments['num_rcab']} blocks, "
-        f"{arguments['channels']} channels, {arguments['attention']} attention, {size:.2f} M parameters{trained_for}; from {network.source}"
+        f"{arguments['channels']} channels, {arguments['attention']} attention, "
+        f"{'pointwise upsampler, ' if network.folds_upsampler else ''}{size:.2f} M parameters{trained_for}; from {network.source}"
     )
 
 
@@ -206,6 +207,8 @@ def transfer(network: model.RCAN, path: str | os.PathLike) -> str:
         ValueError: anything else doesn't fit; nothing is loaded then.
     """
     source = load(path)
+    if network.folds_upsampler and not source.folds_upsampler:
+        raise ValueError(f"{path}: its upsampler is not pointwise: set pointwise_upsampler=False, or choose another file")
     given, wanted = source.state_dict(), network.state_dict()
 
     def may_differ(name: str) -> bool:
@@ -542,6 +545,7 @@ def _build(state: Mapping[str, Tensor]) -> model.RCAN:
     _refuse([("too large for float32", names.get(name, name)) for name, tensor in converted.items() if not tensor.isfinite().all()], layout)
     network.load_state_dict(converted)
     network.arguments["mean"] = tuple(network.mean.flatten().tolist())
+    network.folds_upsampler = network.has_pointwise_upsampler()
     stored = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values() if tensor.is_floating_point()} - {"float32"})
     network.source = layout.title(state) + (f", stored as {' and '.join(stored)}" if stored else "")
     return network.eval().to(memory_format=torch.channels_last)  # as in training, so that scores agree to the last digit

@@ -31,7 +31,6 @@ RANGES = {  # values within, and beyond
     "at least 0": ([0, 1, 1000], [-1]),
     "more than 0 and less than 1": ([1e-9, 0.5, 0.999], [0.0, 1.0, -0.1]),
     "at least 0 and less than 1": ([0.0, 0.5, 0.999], [1.0, -0.1]),
-    "0 to 1": ([0.0, 0.3, 1.0], [1.1, -0.1]),
     "0 or more than 1": ([0.0, 1.1, 10.0], [1.0, 0.5, -1.0]),
 }
 FREE = {"start_epoch": [0], "accumulation_steps": [1], "initial_spatial_gate": [0.9], "lr_patch_size": [8], "reduction": [1]}
@@ -219,8 +218,8 @@ def test_what_decides_the_weights_may_not_change_at_resume():
         "model_arch_name", "upscale_factor", "channels", "reduction", "num_rg", "num_rcab", "attention", "initial_channel_gate",
         "initial_spatial_gate", "seed", "epochs", "steps_per_epoch", "pretrained_model_path", "train_sets", "degradation",
         "lr_patch_size", "small_images", "batch_size", "optimizer", "learning_rate", "adam_betas", "schedule", "halve_every",
-        "warmup_updates", "clip_grad_norm", "fold_upsampler", "ema_decay", "precision", "best_metric", "use_composite_loss", "l1_weight",
-        "perceptual_weight", "adversarial_weight",
+        "warmup_updates", "clip_grad_norm", "pointwise_upsampler", "ema_decay", "precision", "best_metric", "use_composite_loss",
+        "l1_weight", "perceptual_weight", "adversarial_weight",
     }  # fmt: skip
     improved = {"preset", "perceptual_layers", "adversarial_loss", "discriminator_channels", "discriminator_learning_rate"}
     assert {field.name for field in dataclasses.fields(Config)} - Config.FREE_AT_RESUME == fixed

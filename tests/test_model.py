@@ -143,23 +143,37 @@ def test_the_gradient_reaches_every_weight(attention, recompute):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_the_folded_upsampler_computes_the_same_inside(scale):
-    """… and in the gradient of every weight; the two outermost LR pixels differ, where the layers pad with zeros."""
-    network, border = tiny(scale).double(), 2 * scale
+def test_a_pointwise_upsampler_is_one_convolution(scale):
+    """… that computes what its layers compute, borders too, and the same gradients."""
+    network = tiny(scale, channels=48, pointwise_upsampler=True).double()
+    assert network.has_pointwise_upsampler() and not tiny(scale).has_pointwise_upsampler()
     x = torch.rand(2, 3, 9, 11, dtype=torch.float64)
     results = []
     for network.folds_upsampler in (False, True):
         network.zero_grad()
-        inside = network(x)[..., border:-border, border:-border]
-        inside.square().mean().backward()
-        results.append([inside.detach(), *(parameter.grad for parameter in network.parameters())])
+        sr = network(x)
+        sr.square().mean().backward()
+        results.append([sr.detach(), *(weight.grad for weight in network.parameters() if weight.requires_grad)])
+    assert results[0][0].std() > 0.01
     for layers, folded in zip(*results, strict=True):
         assert folded.numpy() == approx(layers.numpy(), rel=1e-9, abs=1e-12)
 
 
-def test_an_upsampler_with_activations_is_not_folded():
+def test_layers_that_mix_channels_of_single_pixels_are_folded_too():
+    network, x = tiny(8).double(), torch.rand(1, 3, 5, 7, dtype=torch.float64)
+    with torch.no_grad():
+        for layer in (network.upsampling[1].upsample_block[0], network.upsampling[2].upsample_block[0], network.conv3):
+            layer.weight.copy_(functional.pad(layer.weight[:, :, 1:2, 1:2], (1, 1, 1, 1)))
+        assert network.has_pointwise_upsampler()
+        layers, network.folds_upsampler = network(x), True
+        assert network(x).numpy() == approx(layers.numpy(), rel=1e-9, abs=1e-12)
+
+
+def test_a_pointwise_upsampler_needs_channels_and_linearity():
+    with pytest.raises(ValueError, match="48 channels"):
+        model.RCAN(8, 32, 4, 1, 1, pointwise_upsampler=True)
     with pytest.raises(ValueError, match="upsampler_activation"):
-        model.RCAN(2, 8, 4, 1, 1, upsampler_activation=True).folded_upsampler()
+        model.RCAN(2, 16, 4, 1, 1, pointwise_upsampler=True, upsampler_activation=True)
 
 
 @pytest.mark.slow

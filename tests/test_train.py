@@ -86,15 +86,6 @@ def test_gradients_are_clipped(settings):
     assert clipped.item() == approx(0.01, rel=1e-3)
 
 
-def test_the_upsampler_is_folded_in_the_first_updates(settings):
-    step = PixelStep(settings(fold_upsampler=0.3), CPU, "fp32")  # of six updates
-    folded = []
-    for _ in range(4):
-        step(*batch())
-        folded.append(step.generator.folds_upsampler)
-    assert folded == [True, True, False, False]
-
-
 def test_learning_rates(settings):
     steps = settings(halve_every=200, warmup_updates=0, epochs=500)
     assert [optimizers.learning_rate_factor(steps, update) for update in (0, 199, 200, 399, 400)] == [1, 1, 0.5, 0.5, 0.25]
@@ -323,7 +314,7 @@ CHANGES = (
     {"log_every": 2},
     {"schedule": "cosine", "warmup_updates": 4, "num_workers": 2},
     {"halve_every": 2, "ema_decay": 0.5},
-    {"optimizer": "muon", "fold_upsampler": 0.5},
+    {"optimizer": "muon", "pointwise_upsampler": True, "channels": 12},
 )
 RESUMES = [
     (CHANGES[0], 3, "fp32"),

@@ -88,6 +88,20 @@ def test_a_round_trip_through_every_layout_loses_a_last_bit_at_most(tmp_path, la
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.parametrize("layout", ["native", "official", "basicsr"])
+def test_a_pointwise_upsampler_is_recognised_by_its_zeros(tmp_path, layout):
+    network = model.RCAN(4, 12, 4, 2, 2, pointwise_upsampler=True)
+    weights.export(network, tmp_path / "w.pth", layout)
+    found = weights.load(tmp_path / "w.pth")
+    assert found.folds_upsampler and "pointwise" in weights.describe(found)
+    x = torch.rand(1, 3, 12, 10)
+    with torch.no_grad():
+        assert found(x).numpy() == pytest.approx(network(x).numpy(), abs=1e-6)
+        network.upsampling[1].upsample_block[0].weight[5, 3, 2, 1] = 1e-9
+    weights.export(network, tmp_path / "other.pth", layout)
+    assert not weights.load(tmp_path / "other.pth").folds_upsampler
+
+
 def test_the_last_bit_is_lost_in_about_one_percent(tmp_path):
     network = model.rcan_light_x2()
     weights.export(network, tmp_path / "w.pth", "official")
@@ -632,6 +646,17 @@ def test_the_same_scale_gives_everything(tmp_path):
     network = model.RCAN(4, 8, 4, 2, 2)
     assert len(weights.transfer(network, tmp_path / "w.pth").splitlines()) == 1
     assert equal(network.state_dict(), tiny(4).state_dict())
+
+
+def test_weights_that_are_not_pointwise_do_not_start_a_network_that_would_ignore_some(tmp_path):
+    weights.export(tiny(4), tmp_path / "w.pth")
+    network = model.RCAN(4, 12, 4, 2, 2, pointwise_upsampler=True)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with pytest.raises(ValueError, match="pointwise_upsampler"):
+        weights.transfer(network, tmp_path / "w.pth")
+    assert equal(network.state_dict(), before)
+    weights.export(network, tmp_path / "pointwise.pth")
+    weights.transfer(tiny(4, channels=12), tmp_path / "pointwise.pth")
 
 
 @pytest.mark.parametrize("attention", ["cbam", "cbam_average"])
