@@ -95,6 +95,9 @@ class Config:
     keep_last: int = 1  # earlier checkpoints to keep, as update_<number>.pth.tar
     best_metric: Literal["psnr", "ssim", "newest"] = "psnr"  # what best.pth.tar is chosen by, on the first of valid_sets
 
+    # Loss
+    luma_share: float = 0.0  # share of L1 that is taken on luma, as PSNR and SSIM are; the rest on RGB (paper: 0)
+
     # Composite loss
     use_composite_loss: bool = False  # False: L1 alone (paper); True: the weighted sum of three terms, by train_improved.py
     l1_weight: float = 1.0  # weight of the mean absolute difference
@@ -131,7 +134,7 @@ class Config:
             "l1_weight", "perceptual_weight", "adversarial_weight",
         ), "at least 0"),
         **dict.fromkeys(("initial_channel_gate", "initial_spatial_gate", "learning_rate"), "more than 0 and less than 1"),
-        **dict.fromkeys(("adam_betas", "ema_decay"), "at least 0 and less than 1"),
+        **dict.fromkeys(("adam_betas", "ema_decay", "luma_share"), "at least 0 and less than 1"),
         "skip_threshold": "0 or more than 1",
     }  # fmt: skip
 

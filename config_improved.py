@@ -46,6 +46,7 @@ class ImprovedConfig(Config):
             "discriminator_channels", "discriminator_learning_rate",
         })),
         "perceptual_weight": (0, frozenset({"perceptual_layers", "vgg19_weights_path"})),
+        "l1_weight": (0, frozenset({"luma_share"})),
         "adversarial_weight": (0, frozenset({"adversarial_loss", "discriminator_channels", "discriminator_learning_rate"})),
     }  # fmt: skip
     FREE_AT_RESUME: ClassVar = Config.FREE_AT_RESUME | {"vgg19_weights_path"}  # to or from another file, but not "random"

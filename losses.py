@@ -18,11 +18,24 @@ from torch.nn import functional
 
 
 class L1Loss(nn.Module):
-    """Mean absolute difference of `sr` and `gt`, (N, 3, H, W) in [0, 1], in float32 (the paper's equation 2)."""
+    """Mean absolute difference of `sr` and `gt`, (N, 3, H, W) RGB in [0, 1], in float32 (the paper's equation 2).
+
+    Args:
+        luma_share: the result is (1 - luma_share) times this and luma_share times the same of luma, Y of ITU-R BT.601.
+    """
+
+    def __init__(self, luma_share: float = 0.0) -> None:
+        super().__init__()
+        self.luma_share = luma_share
 
     def forward(self, sr: Tensor, gt: Tensor) -> dict[str, Tensor]:
         _check_shapes(sr, gt)
-        return {"l1": functional.l1_loss(sr.float(), gt.float())}
+        difference = sr.float() - gt.float()
+        loss = difference.abs().mean()
+        if self.luma_share:
+            luma = sum(weight * difference[:, channel] for channel, weight in enumerate(LUMA))
+            loss = loss.lerp(torch.as_tensor(luma).abs().mean(), self.luma_share)
+        return {"l1": loss}
 
 
 class PerceptualLoss(nn.Module):
@@ -139,13 +152,14 @@ class CompositeLoss(nn.Module):
         vgg19: Mapping[str, Tensor] | None = None,
         perceptual_layers: Mapping[str, float] | None = None,
         adversarial: str = "relativistic",
+        luma_share: float = 0.0,
     ) -> None:
         super().__init__()
         self.weights = {"l1": float(l1_weight), "perceptual": float(perceptual_weight), "adversarial": float(adversarial_weight)}
         if not all(0 <= weight < math.inf for weight in self.weights.values()) or not any(self.weights.values()):
             shown = ", ".join(f"{name}_weight={weight}" for name, weight in self.weights.items())
             raise ValueError(f"{shown}: all must be finite and none negative, and at least one positive")
-        self.l1 = L1Loss()
+        self.l1 = L1Loss(luma_share)
         self.perceptual = None
         if perceptual_weight:
             if vgg19 is None:
@@ -168,6 +182,7 @@ class CompositeLoss(nn.Module):
 
 
 ADVERSARIAL_KINDS = ("relativistic", "vanilla")
+LUMA = (0.299, 0.587, 0.114)  # of R, G and B
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB, of the images that VGG19 was trained on
 
 

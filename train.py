@@ -92,7 +92,7 @@ class PixelStep:
         self.dtype = utils.PRECISIONS[precision]
         self.generator = build_generator(config).to(runtime.device)
         self.forward = parallel(self.generator, runtime)
-        self.criterion: nn.Module = losses.L1Loss()
+        self.criterion: nn.Module = losses.L1Loss(config.luma_share)
         self.optimizer = optimizers.build_optimizer(self.generator, config)
         self.scheduler = optimizers.build_schedule(self.optimizer, config)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=precision == "fp16")

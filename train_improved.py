@@ -67,6 +67,7 @@ class AdversarialStep(train.PixelStep):
             vgg19=vgg19,
             perceptual_layers=dict.fromkeys(config.perceptual_layers, 1.0),
             adversarial=config.adversarial_loss,
+            luma_share=config.luma_share,
         )
         self.discriminator: model.Discriminator | None = None
         if config.adversarial_weight:

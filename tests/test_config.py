@@ -218,8 +218,8 @@ def test_what_decides_the_weights_may_not_change_at_resume():
         "model_arch_name", "upscale_factor", "channels", "reduction", "num_rg", "num_rcab", "attention", "initial_channel_gate",
         "initial_spatial_gate", "seed", "epochs", "steps_per_epoch", "pretrained_model_path", "train_sets", "degradation",
         "lr_patch_size", "small_images", "batch_size", "optimizer", "learning_rate", "adam_betas", "schedule", "halve_every",
-        "warmup_updates", "clip_grad_norm", "pointwise_upsampler", "ema_decay", "precision", "best_metric", "use_composite_loss",
-        "l1_weight", "perceptual_weight", "adversarial_weight",
+        "warmup_updates", "clip_grad_norm", "pointwise_upsampler", "luma_share", "ema_decay", "precision", "best_metric",
+        "use_composite_loss", "l1_weight", "perceptual_weight", "adversarial_weight",
     }  # fmt: skip
     improved = {"preset", "perceptual_layers", "adversarial_loss", "discriminator_channels", "discriminator_learning_rate"}
     assert {field.name for field in dataclasses.fields(Config)} - Config.FREE_AT_RESUME == fixed

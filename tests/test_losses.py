@@ -73,6 +73,13 @@ def test_l1_by_hand():
     assert value.item() == approx((sr.double() - gt.double()).abs().mean().item(), rel=1e-6)
 
 
+def test_luma_counts_as_its_share_says():
+    """Differences of 0.4, -0.2 and 0 have a mean of 0.2, and a luma of 0.299 · 0.4 - 0.587 · 0.2."""
+    sr, gt = torch.tensor([0.9, 0.3, 0.5]).view(1, 3, 1, 1), torch.tensor([0.5, 0.5, 0.5]).view(1, 3, 1, 1)
+    assert losses.L1Loss(0.75)(sr, gt)["l1"].item() == approx(0.25 * 0.2 + 0.75 * abs(0.299 * 0.4 - 0.587 * 0.2), rel=1e-5)
+    assert losses.CompositeLoss(2, 0, 0, luma_share=0.75)(sr, gt)["total"].item() == approx(2 * losses.L1Loss(0.75)(sr, gt)["l1"].item())
+
+
 def test_equal_images_cost_nothing(deep):
     _, gt = images()
     assert losses.L1Loss()(gt, gt)["l1"].item() == 0
