@@ -12,7 +12,8 @@ import environment  # noqa: F401 (names missing packages)
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -44,7 +45,7 @@ class InferenceConfig:
     output_format: Literal["png", "same", "jpg", "webp", "tif", "bmp"] = "png"  # write this format; same: each input's own
     quality: int | None = None  # compress JPEG and WebP to this quality, 1 to 100; at 100, WebP is lossless; None: 95
     self_ensemble: bool = False  # average over the eight flips and rotations of the image (RCAN+); eight times as slow
-    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"  # compute in this precision; auto: bf16 where the device is fast at it
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # compute in this precision; auto: bf16 where the device is fast at it
     tile: int = 0  # cut images into tiles of this side, LR pixels, if memory is too small; changes results; 0: whole images
     tile_overlap: int | None = None  # blend neighbouring tiles over this many LR pixels; None: 32
 
@@ -92,23 +93,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             "other weights, or set --outscale for another size of the results"
         )
     network = network.to(runtime.device)
-    print(weights.describe(network))
+    precision = utils.choose_precision(config.precision, runtime.device)
+    print(f"{weights.describe(network)}; computing in {precision}")
     if config.tile:
         print(f"tiles of {config.tile} pixels: the network's attention averages over a tile, so results differ from those of whole images")
-    precision = utils.choose_precision(config.precision, runtime.device)
 
     def enlarge(image: NDArray) -> NDArray:
         return upscale(network, image, config.self_ensemble, precision=precision, tile=config.tile, tile_overlap=config.overlap)
 
     failed = []
-    for file in (bar := tqdm(inputs, "upscaling", unit="image")):
+    bar = tqdm(upscale_files(inputs, targets, enlarge, network.upscale_factor, config), "upscaling", len(inputs), unit="image")
+    for file, written in bar:
         try:
-            notes = upscale_file(file, targets[file], enlarge, network.upscale_factor, config)
+            bar.write("\n    ".join([str(targets[file].absolute()), *written.result()]))
         except (ValueError, OSError, MemoryError) as error:  # the remaining files are still processed
             problem = explain(error) if isinstance(error, OSError) else str(error) or "too little memory; free some, or set --tile 256"
             failed.append(problem if str(file) in problem else f"{file}: {problem}")
-        else:
-            bar.write("\n    ".join([str(targets[file].absolute()), *notes]))
     if failed:
         listed = "".join(f"\n    {problem}" for problem in failed)
         raise ValueError(f"{len(failed)} of {len(inputs)} images failed:{listed}" if len(inputs) > 1 else failed[0])
@@ -195,24 +195,58 @@ def keep_existing(targets: Mapping[Path, Path], existing: str) -> list[Path]:
 # Pixels
 
 
-def upscale_file(file: Path, target: Path, enlarge: Callable[[NDArray], NDArray], scale: int, config: InferenceConfig) -> list[str]:
-    """Read, upscale and write one image; returns notes and warnings for the user.
+Notes = list[str]
 
-    Raises:
-        OSError, ValueError: reading, upscaling or writing fails; nothing is written then.
+
+def upscale_files(
+    inputs: Sequence[Path], targets: Mapping[Path, Path], enlarge: Callable[[NDArray], NDArray], scale: int, config: InferenceConfig
+) -> Iterator[tuple[Path, Future[Notes]]]:
+    """Each image with the notes for the user, or the error, that its upscaling ends with.
+
+    While the network computes, the image before is written and the image after is read.
     """
-    photo = read_photo(file)
+    with ThreadPoolExecutor(2) as pool:
+        before: list[tuple[Path, Future[Notes]]] = []
+        following = pool.submit(read_photo, inputs[0])
+        for index, file in enumerate(inputs):
+            photo = following
+            if index + 1 < len(inputs):
+                following = pool.submit(read_photo, inputs[index + 1])
+            written: Future[Notes] = Future()
+            try:
+                result, notes = upscale_photo(photo.result(), targets[file].suffix, enlarge, scale, config)
+                written = pool.submit(_write, targets[file], result, config.quality or 95, notes)
+                if result.pixels.size > MANY_VALUES:
+                    wait([written])
+            except Exception as error:
+                written.set_exception(error)
+            yield from before
+            before = [(file, written)]
+        yield from before
+
+
+MANY_VALUES = 2**28  # no further image is computed while one as large waits in memory
+
+
+def _write(target: Path, result: Photo, quality: int, notes: Notes) -> Notes:
+    write_photo(target, result, quality)
+    return notes
+
+
+def upscale_photo(
+    photo: Photo, suffix: str, enlarge: Callable[[NDArray], NDArray], scale: int, config: InferenceConfig
+) -> tuple[Photo, Notes]:
+    """The photo for a file with this ending, and notes and warnings for the user."""
     height, width = photo.pixels.shape[:2]
     factor = config.outscale or scale
     size = (max(1, round(height * factor)), max(1, round(width * factor)))
-    notes = [f"note: {note}" for note in (*photo.notes, *check_writable(photo, target.suffix, size))]
+    notes = [f"note: {note}" for note in (*photo.notes, *check_writable(photo, suffix, size))]
     if factor > scale:
         notes.append(f"note: larger than the network's x{scale}; the rest is bicubic")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = enlarge_photo(photo, enlarge, size)
-    write_photo(target, result, config.quality or 95)
-    return notes + [f"warning: {warning.message}" for warning in caught]
+    return result, notes + [f"warning: {warning.message}" for warning in caught]
 
 
 def enlarge_photo(photo: Photo, enlarge: Callable[[NDArray], NDArray], size: tuple[int, int]) -> Photo:

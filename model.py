@@ -108,9 +108,13 @@ class RCAN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Upscale `x`, RGB in [0, 1], without changing it; the result may leave [0, 1] a little."""
-        shallow = self.conv1(x - self.mean)  # (N, C, h, w)
+        shallow = self.shallow_features(x)  # (N, C, h, w)
         deep = self.conv2(self._compute(self.trunk, shallow)) + shallow  # (N, C, h, w)
         return self.enlarge(deep) + self.mean  # (N, 3, scale h, scale w)
+
+    def shallow_features(self, x: Tensor) -> Tensor:
+        """The first convolution: RGB in [0, 1], (N, 3, h, w) -> (N, C, h, w)."""
+        return self.conv1((x - self.mean).to(self.conv1.weight.dtype))
 
     def enlarge(self, deep: Tensor) -> Tensor:
         """The upsampler and the last convolution: features (N, C, h, w) -> RGB less the mean, (N, 3, scale h, scale w)."""

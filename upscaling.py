@@ -9,9 +9,12 @@ result equals that of one piece, to the rounding of float32 (about 1e-6). `tile`
 changes the result.
 """
 
+import copy
 import gc
 import sys
+import tempfile
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -25,6 +28,7 @@ from utils import PRECISIONS
 
 Strips = Iterator[tuple[int, Tensor]]  # (first row, (1, 3, rows, W)), from the top to the bottom, without gaps
 STRIP_BYTES = 384 * 2**20  # memory of the upsampler; larger strips are no faster
+ASIDE_BYTES = 2**29  # a larger feature map waits in a file
 MIN_ROWS = 4
 
 
@@ -93,7 +97,8 @@ def _affordable_rows(network: nn.Module, width: int) -> int:
     """LR rows of this width whose upsampling takes about `STRIP_BYTES`."""
     if not isinstance(network, model.RCAN):
         return sys.maxsize
-    row = 3 * 4 * network.arguments["channels"] * network.upscale_factor**2 * width  # bytes: three maps live at a time, float32
+    channels = 3 if network.folds_upsampler else network.arguments["channels"]
+    row = 3 * 4 * channels * network.upscale_factor**2 * width  # bytes: three maps live at a time, float32
     return max(MIN_ROWS, STRIP_BYTES // row)
 
 
@@ -103,7 +108,10 @@ def _upscale(
 ) -> NDArray:
     device = next(network.parameters()).device
     peak = np.iinfo(lr.dtype).max
-    pixels = torch.from_numpy(lr.astype(np.float32)).to(device).permute(2, 0, 1)[None] / peak  # (1, 3, h, w) in [0, 1]
+    pixels = torch.from_numpy(lr.astype(np.float32)).to(device).permute(2, 0, 1)[None].div_(peak)  # (1, 3, h, w) in [0, 1]
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and not isinstance(network, model.RCAN))
+    if isinstance(network, model.RCAN) and dtype != torch.float32:
+        network = _reduced(network, dtype)
 
     def strips(x: Tensor) -> Strips:
         width = min(tile or x.shape[3], x.shape[3])  # in this orientation
@@ -115,8 +123,26 @@ def _upscale(
             yield top, strip
 
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
-    with exact, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with exact, autocast:
         return _mean_of_orientations(strips, pixels, peak, lr.dtype) if self_ensemble else _collect(strips(pixels), pixels, peak, lr.dtype)
+
+
+def _reduced(network: model.RCAN, dtype: torch.dtype) -> model.RCAN:
+    """A copy of the network with weights of this type, which autocast would convert for each strip and image anew.
+
+    It is kept for the next image, and takes over the weights each time, as they may have changed.
+    """
+    known = _REDUCED.setdefault(network, {})
+    if dtype not in known:
+        known[dtype] = copy.deepcopy(network).to(dtype)
+    reduced = known[dtype]
+    for ours, theirs in zip(reduced.parameters(), network.parameters(), strict=True):
+        ours.copy_(theirs)
+    reduced.mean = network.mean  # in float32, to which the output is added
+    return reduced
+
+
+_REDUCED: weakref.WeakKeyDictionary[nn.Module, dict[torch.dtype, model.RCAN]] = weakref.WeakKeyDictionary()
 
 
 def _collect(strips: Strips, pixels: Tensor, peak: int, dtype: np.dtype) -> NDArray:
@@ -159,7 +185,7 @@ def _strips(network: nn.Module, x: Tensor, rows: int) -> Strips:
     for top, bottom in _cuts(x.shape[2], rows):
         above, below = max(0, top - _TAIL_REACH), min(x.shape[2], bottom + _TAIL_REACH)
         part = x[:, :, above:below]
-        deep = network.conv2(trunk[:, :, above:below]) + network.conv1(part - network.mean)  # conv1 again, to store one map less
+        deep = network.conv2(trunk[:, :, above:below]) + network.shallow_features(part)  # again, to store one map less
         sr = network.enlarge(deep) + network.mean
         scale = network.upscale_factor
         yield top * scale, sr[:, :, (top - above) * scale : (bottom - above) * scale]
@@ -169,11 +195,11 @@ _TAIL_REACH = 3  # LR rows: conv2 looks 1 far, the steps of the upsampler 1 + 1/
 
 
 def _trunk(network: model.RCAN, x: Tensor, rows: int) -> Tensor:
-    """The output of the residual groups, with three feature maps at a time in memory."""
+    """The output of the residual groups, with two feature maps at a time in memory, and a third one too if it is small."""
     rows = rows * network.upscale_factor**2 // 2  # as many values as in a strip of the upsampler
-    features = network.conv1(x - network.mean)  # (1, C, h, w)
+    features = network.shallow_features(x)  # (1, C, h, w)
     for group in network.trunk:
-        start = features
+        start = _Aside(features, rows)
         *blocks, last = group.get_submodule("residual_group").children()
         for block in blocks:
             *convolutions, attention = block.get_submodule("residual_channel_attention_block").children()
@@ -182,8 +208,38 @@ def _trunk(network: model.RCAN, x: Tensor, rows: int) -> Tensor:
             for gate in attention.gates:
                 residual.mul_(gate(residual))
             features = residual.add_(features)
-        features = _by_rows(last, features, rows, reach=1).add_(start)
+        features = start.add_to(_by_rows(last, features, rows, reach=1))
     return features
+
+
+class _Aside:
+    """A feature map that is needed again after a group: a large one waits in a temporary file.
+
+    Args:
+        rows: that are written and read at a time.
+    """
+
+    def __init__(self, features: Tensor, rows: int) -> None:
+        self.rows = rows
+        self.kept = features
+        self.file = None
+        if features.device.type == "cpu" and features.nbytes > ASIDE_BYTES:
+            self.kept = torch.empty(0)
+            self.file = tempfile.TemporaryFile()  # noqa: SIM115 (`add_to` closes it)
+            for top, bottom in _cuts(features.shape[2], rows):
+                self.file.write(features[:, :, top:bottom].permute(0, 2, 3, 1).contiguous().view(torch.uint8).numpy().data)
+
+    def add_to(self, features: Tensor) -> Tensor:
+        if self.file is None:
+            return features.add_(self.kept)
+        with self.file:
+            self.file.seek(0)
+            for top, bottom in _cuts(features.shape[2], self.rows):
+                part = features[:, :, top:bottom].permute(0, 2, 3, 1)  # (1, rows, w, C)
+                data = bytearray(part.numel() * part.element_size())
+                self.file.readinto(data)
+                part.add_(torch.frombuffer(data, dtype=part.dtype).view(part.shape))
+        return features
 
 
 def _by_rows(layers: nn.Module, x: Tensor, rows: int, reach: int) -> Tensor:

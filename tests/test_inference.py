@@ -1,5 +1,6 @@
 """People's own images: names, folders, formats, sizes, and what happens to the others when one fails."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -103,7 +104,7 @@ def test_another_final_size_is_matlabs_bicubic_of_the_result(deep):
 def test_a_file_becomes_what_the_network_gives(tmp_path, run, network_path):
     for name, size in {"dot": (1, 1), "line": (1, 9), "bild ü": (13, 20)}.items():
         write_image(tmp_path / "in" / f"{name}.png", noise_image(*size))
-        run("--input", tmp_path / "in" / f"{name}.png", "--output", tmp_path / "out")
+        run("--input", tmp_path / "in" / f"{name}.png", "--output", tmp_path / "out", "--precision", "fp32")
         expected = upscale(weights.load(network_path), noise_image(*size))
         assert expected.shape == (2 * size[0], 2 * size[1], 3)
         assert (image_files.read_image(tmp_path / "out" / f"{name}.png") == expected).all()
@@ -176,6 +177,23 @@ def test_what_fails_is_listed_and_the_others_are_done(tmp_path, run):
     with pytest.raises(ValueError, match=r"3 of 5.*\n.*b\.png.*\n.*d\.png.*\n.*e\.(png|jpg)"):
         run("--input", tmp_path / "in", "--output", tmp_path / "o", "--output_format", "jpg", "--existing", "overwrite")
     assert written(tmp_path / "o") == ["a.jpg", "c.jpg"]
+
+
+def test_a_result_that_cannot_be_written_is_named_and_spares_the_others(tmp_path, run, monkeypatch):
+    """… though it is written while the next image is computed."""
+    for name in ("a.png", "b.png", "c.png"):
+        write_image(tmp_path / "in" / name, RGB)
+    write = inference.write_photo
+
+    def limited(path, *arguments):
+        if path.name == "b.png":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, *arguments)
+
+    monkeypatch.setattr(inference, "write_photo", limited)
+    with pytest.raises(ValueError, match=r"1 of 3.*\n.*b\.png"):
+        run("--input", tmp_path / "in", "--output", tmp_path / "o")
+    assert written(tmp_path / "o") == ["a.png", "c.png"]
 
 
 def test_memory_that_runs_out_for_one_image_spares_the_others(tmp_path, run, monkeypatch):

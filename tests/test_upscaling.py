@@ -3,6 +3,7 @@
 Images of 16 bits show differences of 1.5e-5 in what `upscale` returns.
 """
 
+import io
 import itertools
 import subprocess
 import sys
@@ -72,6 +73,17 @@ def test_strips_change_nothing(scale, attention):
     network, lr = tiny(scale, attention), noise_of_16_bits(19, 13)
     expected = in_one_piece(network, lr)
     for rows in (1, 4, 5, 18):
+        assert same(upscale(network, lr, strip_rows=rows), expected)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_strips_of_a_pointwise_upsampler_change_nothing(scale):
+    torch.manual_seed(1)
+    network, lr = model.RCAN(scale, 12, 4, 2, 2, pointwise_upsampler=True).eval(), noise_of_16_bits(19, 13)
+    network.folds_upsampler = False
+    expected = in_one_piece(network, lr)
+    network.folds_upsampler = True
+    for rows in (1, 4, 18, 30):
         assert same(upscale(network, lr, strip_rows=rows), expected)
 
 
@@ -197,11 +209,33 @@ def test_output_that_is_not_finite_never_becomes_an_image():
         upscale(Enlarge(float("inf")), drawn_image(5, 7), precision="bf16")
 
 
-def test_bf16_is_near_fp32():
+def test_bf16_is_near_fp32_and_leaves_the_network_alone():
     network, lr = tiny(2), drawn_image(24, 24)
     exact, rounded = upscale(network, lr), upscale(network, lr, precision="bf16")
     assert (exact != rounded).any()
     assert imgproc.psnr(rounded, exact, 0) > 40
+    assert imgproc.psnr(upscale(network, lr, precision="bf16", strip_rows=5), exact, 0) > 40
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    assert (upscale(network, lr) == exact).all()
+
+
+def test_bf16_takes_the_weights_as_they_are_now():
+    network, lr = tiny(2), drawn_image(24, 24)
+    before = upscale(network, lr, precision="bf16")
+    with torch.no_grad():
+        network.conv3.bias += 0.2
+    assert (upscale(network, lr, precision="bf16").astype(int) - before).mean() > 20
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_feature_map_that_waits_in_a_file_comes_back_as_it_was(monkeypatch, precision):
+    network, lr = tiny(3), drawn_image(31, 22)
+    expected = upscale(network, lr, precision=precision, strip_rows=5)
+    monkeypatch.setattr(upscaling, "ASIDE_BYTES", 0)
+    files = []
+    monkeypatch.setattr(upscaling.tempfile, "TemporaryFile", lambda: files.append(io.BytesIO()) or files[-1])
+    assert (upscale(network, lr, precision=precision, strip_rows=5) == expected).all()
+    assert len(files) == len(network.trunk) and all(file.closed for file in files)
 
 
 # Tiles
