@@ -85,6 +85,7 @@ class Config:
     channels_last: bool = True  # memory layout of the convolutions; faster on nearly every device
     accumulation_steps: int = 1  # parts in which a device computes its share of a batch: less memory, the same update
     activation_checkpointing: bool = False  # compute each group twice instead of keeping its activations: less memory, slower
+    cuda_graph: bool = False  # replay an update's kernels on a GPU instead of launching each; unmeasured: see scripts/gpu_check.py
     compile: bool = False  # torch.compile the residual groups: slower start, faster updates; on CPUs it needs a C++ compiler
 
     # Reports, in updates
@@ -121,7 +122,7 @@ class Config:
     FREE_AT_RESUME: ClassVar = TESTING_ALONE | {  # where things lie, what is reported, and how the same update is computed
         "mode", "results_dir", "exp_name", "resume", "start_epoch", "dry_run", "data_root", "valid_sets", "cache_dir", "num_workers",
         "log_every", "eval_every", "save_every", "save_every_minutes", "keep_last", "max_skipped", "skip_threshold",
-        "compile", "channels_last", "accumulation_steps", "activation_checkpointing",
+        "cuda_graph", "compile", "channels_last", "accumulation_steps", "activation_checkpointing",
     }  # fmt: skip
     OF_ONE_MACHINE: ClassVar = frozenset({"data_root", "cache_dir", "num_workers"})  # may differ between the machines of a run
     RANGES: ClassVar[Mapping[str, str]] = {  # of every number

@@ -153,9 +153,12 @@ class RCAN(nn.Module):
         Without activations the layers are linear, so their matrices are multiplied, from the last one to the first.
         """
         *layers, last = self._enlarging_layers()
-        matrix, bias = last.weight[:, None, None, :, 1, 1], last.get_parameter("bias")[:, None, None]  # (3, y, x, C), (3, y, x)
+        assert last.bias is not None
+        matrix, bias = last.weight[:, None, None, :, 1, 1], last.bias[:, None, None]  # (3, y, x, C), (3, y, x)
         for number, factor in reversed([*enumerate(_UPSAMPLING_FACTORS[self.upscale_factor])]):
-            weight, offset = (layers[number].get_parameter(name).unflatten(0, (-1, factor, factor)) for name in ("weight", "bias"))
+            layer = layers[number]
+            assert layer.bias is not None
+            weight, offset = (tensor.unflatten(0, (-1, factor, factor)) for tensor in (layer.weight, layer.bias))
             weight = weight[..., 1, 1] if number else weight  # (C, i, j, C) or (C, i, j, C, 3, 3)
             bias = (torch.einsum("oyxc,cij->oiyjx", matrix, offset) + bias[:, None, :, None]).flatten(3).flatten(1, 2)
             matrix = torch.einsum("oyxc,cijn...->oiyjxn...", matrix, weight).flatten(3, 4).flatten(1, 2)

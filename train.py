@@ -32,6 +32,7 @@ from torch import Tensor, nn
 import checkpoints
 import dataset
 import files
+import graphs
 import image_files
 import losses
 import model
@@ -87,7 +88,7 @@ class PixelStep:
     """
 
     def __init__(self, config: Config, runtime: Runtime, precision: str) -> None:
-        self.config = config
+        self.config, self.runtime = config, runtime
         self.device = runtime.device
         self.dtype = utils.PRECISIONS[precision]
         self.generator = build_generator(config).to(runtime.device)
@@ -97,6 +98,11 @@ class PixelStep:
         self.scheduler = optimizers.build_schedule(self.optimizer, config)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=precision == "fp16")
         self.guard = utils.UpdateGuard(config.skip_threshold, runtime.world_size).to(runtime.device)
+        self.graph: graphs.GraphedGradients | None = None
+        if config.cuda_graph and runtime.device.type == "cuda":
+            self.graph = graphs.GraphedGradients(self.generator, self.criterion, self.scaler, self.dtype, config.accumulation_steps)
+        elif config.cuda_graph:
+            runtime.say(f"cuda_graph=True has no effect on the {runtime.device.type.upper()}")
 
     def __call__(self, lr: Tensor, gt: Tensor) -> dict[str, Tensor]:
         parts = self.config.accumulation_steps
@@ -104,12 +110,16 @@ class PixelStep:
         self.optimizer.zero_grad()
         found = []
         for number, (lr_part, gt_part) in enumerate(zip(lr.chunk(parts), gt.chunk(parts), strict=True), start=1):
-            with synchronised(self.forward, number == parts):
-                with self.autocast():
-                    sr = self.forward(lr_part)  # (n / parts, 3, H, W)
-                loss = self.criterion(sr, gt_part)["l1"]  # in fp32
-                self.scaler.scale(loss / parts).backward()
+            loss = self.replay(lr_part, gt_part, number == 1)
+            if loss is None:
+                with synchronised(self.forward, number == parts):
+                    with self.autocast():
+                        sr = self.forward(lr_part)  # (n / parts, 3, H, W)
+                    loss = self.criterion(sr, gt_part)["l1"]  # in fp32
+                    self.scaler.scale(loss / parts).backward()
             found.append(loss.detach())
+        if self.graph:
+            self.graph.finish(self.runtime.world_size)
         loss = torch.stack(found).mean()
         norm = self.clip(self.generator, self.optimizer)
         skipped = self.guard(loss, [norm])
@@ -123,6 +133,15 @@ class PixelStep:
             "optimizer/learning_rate": torch.full((), learning_rate, device=self.device),
             SKIPPED: skipped,
         }
+
+    def replay(self, lr: Tensor, gt: Tensor, first: bool) -> Tensor | None:
+        """The loss of a part whose gradient a CUDA graph has computed; None where there is no graph, or none can be recorded."""
+        try:
+            return self.graph(lr, gt, first=first) if self.graph else None
+        except RuntimeError as error:
+            self.graph = None
+            self.runtime.say(f"cuda_graph: impossible here ({' '.join(str(error).split())[:200]}); kernels are launched one by one")
+            return None
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)

@@ -60,6 +60,9 @@ class AdversarialStep(train.PixelStep):
             )
         vgg19 = read_vgg19(config, runtime)  # before anything is built
         super().__init__(config, runtime, precision)
+        if self.graph:
+            runtime.say("cuda_graph=True has no effect with the composite loss")
+            self.graph = None
         self.criterion = losses.CompositeLoss(
             config.l1_weight,
             config.perceptual_weight,
