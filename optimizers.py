@@ -13,12 +13,12 @@ from config import Config
 def build_optimizer(network: nn.Module, config: Config) -> torch.optim.Optimizer:
     """The optimizer that `config.optimizer` names.
 
-    Muon moves the 3x3 convolutions, nearly all of RCAN's weights; Adam moves attention and biases.
+    Muon moves the 3x3 convolutions, nearly all of RCAN's weights; Adam moves the one to RGB, attention and biases.
     """
     learning = [weight for weight in network.parameters() if weight.requires_grad]
     if config.optimizer == "adam":
         return build_adam(learning, config, config.learning_rate)
-    convolutions = [weight for weight in learning if weight.shape[2:] == (3, 3)]
+    convolutions = [weight for weight in learning if weight.shape[2:] == (3, 3) and weight.shape[0] > 3]
     known = set(convolutions)
     others = [weight for weight in learning if weight not in known]
     return Muon(convolutions, build_adam(others, config, config.learning_rate))

@@ -57,7 +57,7 @@ class Training:
 
     def start(self) -> None:
         ours, theirs = os.pipe()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": os.environ.get("RCAN_KILLS_ON", "")}
         with open(self.said, "a") as said:
             options = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": said, "start_new_session": True}
             self.process = subprocess.Popen(self.command, env=environment, pass_fds=[theirs], **options)
