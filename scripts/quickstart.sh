@@ -4,7 +4,7 @@
 #   bash scripts/quickstart.sh --short    about 1 minute
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
-name=quickstart updates=800 least=0.5
+name=quickstart updates=1000 least=0.9
 case "${1:-}" in
   "") ;;
   --short) name=quickstart_short updates=120 least=0 ;;
@@ -20,6 +20,7 @@ python inference.py --model_path assets/weights/rcan_light_x4.pth.tar --input da
 echo "== 2 of 4: train a small RCAN x4, $updates updates"
 python train.py --model_arch_name rcan_light_x4 --num_rg 2 --num_rcab 2 --exp_name $name \
   --train_sets DemoTrain --valid_sets DemoTest --lr_patch_size 24 --batch_size 8 --small_images skip \
+  --optimizer muon --pointwise_upsampler True --luma_share 0.8 --initial_channel_gate 0.95 \
   --schedule cosine --learning_rate 2e-3 --warmup_updates 30 --clip_grad_norm 0.1 --ema_decay 0.99 \
   --epochs 1 --steps_per_epoch $updates --log_every 20 --eval_every $updates --save_every 200
 echo "== 3 of 4: score it on photographs that it has not seen"
