@@ -31,7 +31,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -63,6 +63,7 @@ from upscaling import upscale
 
 PEERS = ("spandrel", "torchsr", "onnxruntime", "openvino")
 Part = Literal["forward", "train", "loader", "start", "memory"]
+Works = list[tuple[str, str, Callable[[], np.ndarray]]]  # name, precision, and what returns the SR image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,7 @@ class BenchmarkConfig:
     model_arch_name: ModelName = "rcan_light_x4"  # the network
     runs: int = 5  # turns of each contestant, after one that is not counted
     output: str = "results/benchmark.json"  # write every row here, with hardware and versions
+    precisions: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32", "bf16")  # fp16 on a GPU only: CPUs imitate it, in minutes
 
     image: int = 64  # side of the image in forward, LR pixels
     batch_size: int = 16  # patches in an update, in train and loader
@@ -81,7 +83,6 @@ class BenchmarkConfig:
     image_sizes: tuple[str, ...] = ("320x180", "640x360")  # width x height of LR images
     batch_sizes: tuple[int, ...] = (1, 4)  # patches that an update computes at a time: batch_size / accumulation_steps
     lr_patch_sizes: tuple[int, ...] = (48,)  # side of the LR patches, LR pixels
-    precisions: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32", "bf16")  # to upscale and to train in
 
     def __post_init__(self) -> None:
         if min(self.runs, self.image, self.batch_size, self.lr_patch_size, *self.batch_sizes, *self.lr_patch_sizes) < 1:
@@ -234,10 +235,6 @@ def limits(part: str, channels: int, shape: Sequence[int], precisions: Sequence[
     return rows
 
 
-def precisions_of(device: torch.device) -> list[str]:
-    return [name for name in utils.PRECISIONS if name != "fp16" or device.type == "cuda"]  # CPUs only imitate fp16, in minutes
-
-
 # Forward
 
 
@@ -250,50 +247,47 @@ def forward(config: BenchmarkConfig, folder: Path, device: torch.device) -> list
     amount, part = count_gigaflops(network, x.shape), "forward"
     with torch.inference_mode():
         reference = network(x).clamp(0, 1).cpu().numpy()
-    contestants: list[tuple[str, str, Callable[[], Any]]] = list(_in_torch("our network", network, x))
-    contestants += [(f"upscale, {name}", name, partial(upscale, network, lr, precision=name)) for name in precisions_of(device)]
+    works = _in_torch("our network", network, x, config)
+    works += [(f"upscale, {name}", name, partial(upscale, network, lr, precision=name)) for name in config.precisions]
     notes = []
-    for program in PEERS:
+    for program, build in zip(PEERS, (_spandrel, _torchsr, _onnxruntime, _openvino), strict=True):
         try:
-            contestants += PROGRAMS[program](network, x, folder)
+            works += build(network, x, folder, config)
         except (ImportError, ValueError) as error:
             notes.append(absent(part, program, error))
-    rows = limits(part, network.arguments["channels"], x.shape, precisions_of(device), device)
-    for name, precision, work in contestants:
-        sr = work()
-        sr = sr.transpose(2, 0, 1)[None] / 255 if isinstance(work, partial) and work.func is upscale else np.asarray(_on_cpu(sr))
-        row = Row(part, name, precision, timed(work, device), amount, "GFLOP/s")
-        row.difference = float(abs(sr.astype(np.float32).clip(0, 1) - reference).max())
-        rows.append(row)
+    rows = limits(part, network.arguments["channels"], x.shape, config.precisions, device)
+    for name, precision, work in works:
+        sr = work()  # (1, 3, H, W) in [0, 1], but uint8 (H, W, 3) of `upscale`
+        sr = sr.transpose(2, 0, 1)[None] / 255 if sr.ndim == 3 else sr
+        difference = float(abs(sr.astype(np.float32).clip(0, 1) - reference).max())
+        rows.append(Row(part, name, precision, timed(work, device), amount, "GFLOP/s", difference=difference))
     return take_turns(rows + notes, config.runs)
 
 
-def _on_cpu(sr: Any) -> Any:
-    return sr.float().cpu().numpy() if isinstance(sr, Tensor) else sr
-
-
-def _in_torch(name: str, network: nn.Module, x: Tensor) -> Iterator[tuple[str, str, Callable[[], Tensor]]]:
+def _in_torch(name: str, network: nn.Module, x: Tensor, config: BenchmarkConfig) -> Works:
+    works: Works = []
     for layout in (torch.contiguous_format, torch.channels_last):
         arranged = copy.deepcopy(network).eval().to(x.device).to(memory_format=layout)
-        for precision in precisions_of(x.device):
+        for precision in config.precisions:
 
             @torch.inference_mode()
-            def work(arranged: nn.Module = arranged, layout: torch.memory_format = layout, precision: str = precision) -> Tensor:
+            def work(arranged: nn.Module = arranged, layout: torch.memory_format = layout, precision: str = precision) -> np.ndarray:
                 with torch.autocast(x.device.type, utils.PRECISIONS[precision], enabled=precision != "fp32"):
-                    return arranged(x.clone(memory_format=layout))  # spandrel's network changes its input
+                    return arranged(x.clone(memory_format=layout)).float().cpu().numpy()  # a clone, as spandrel's changes its input
 
-            yield f"{name}, {str(layout).removeprefix('torch.').removesuffix('_format')}, {precision}", precision, work
+            works.append((f"{name}, {str(layout).removeprefix('torch.').removesuffix('_format')}, {precision}", precision, work))
+    return works
 
 
-def _spandrel(network: model.RCAN, x: Tensor, folder: Path) -> list[tuple[str, str, Callable[[], Any]]]:
+def _spandrel(network: model.RCAN, x: Tensor, folder: Path, config: BenchmarkConfig) -> Works:
     spandrel = importlib.import_module("spandrel")
     path = folder / "spandrel.pth"
     weights.export(network, path, "official")
-    return list(_in_torch("spandrel", spandrel.ModelLoader().load_from_file(path).model, x))
+    return _in_torch("spandrel", spandrel.ModelLoader().load_from_file(path).model, x, config)
 
 
-def _torchsr(network: model.RCAN, x: Tensor, folder: Path) -> list[tuple[str, str, Callable[[], Any]]]:
-    return list(_in_torch("torchSR", build_torchsr(network, folder), x))
+def _torchsr(network: model.RCAN, x: Tensor, folder: Path, config: BenchmarkConfig) -> Works:
+    return _in_torch("torchSR", build_torchsr(network, folder), x, config)
 
 
 def build_torchsr(network: model.RCAN, folder: Path) -> nn.Module:
@@ -306,7 +300,7 @@ def build_torchsr(network: model.RCAN, folder: Path) -> nn.Module:
     return theirs
 
 
-def _onnxruntime(network: model.RCAN, x: Tensor, folder: Path) -> list[tuple[str, str, Callable[[], Any]]]:
+def _onnxruntime(network: model.RCAN, x: Tensor, folder: Path, config: BenchmarkConfig) -> Works:
     runtime = importlib.import_module("onnxruntime")
     weights.export_onnx(network, folder / "onnxruntime.onnx")
     wanted = ("CUDAExecutionProvider",) * (x.device.type == "cuda") + ("CPUExecutionProvider",)
@@ -315,17 +309,15 @@ def _onnxruntime(network: model.RCAN, x: Tensor, folder: Path) -> list[tuple[str
     return [(f"ONNX Runtime, {where}, fp32", "fp32", lambda: session.run(["sr"], {"lr": x.cpu().numpy()})[0])]
 
 
-def _openvino(network: model.RCAN, x: Tensor, folder: Path) -> list[tuple[str, str, Callable[[], Any]]]:
+def _openvino(network: model.RCAN, x: Tensor, folder: Path, config: BenchmarkConfig) -> Works:
     openvino = importlib.import_module("openvino")
     weights.export_onnx(network, folder / "openvino.onnx")
-    found: list[tuple[str, str, Callable[[], Any]]] = []
-    for precision, hint in (("fp32", "f32"), ("bf16", "bf16")):
+    found: Works = []
+    for precision in config.precisions:
+        hint = precision.replace("fp", "f")  # f32, bf16, f16
         compiled = openvino.Core().compile_model(folder / "openvino.onnx", "CPU", {"INFERENCE_PRECISION_HINT": hint})
         found.append((f"OpenVINO, CPU, {precision}", precision, partial(lambda run: run(x.cpu().numpy())["sr"].copy(), compiled)))
     return found
-
-
-PROGRAMS = {"spandrel": _spandrel, "torchsr": _torchsr, "onnxruntime": _onnxruntime, "openvino": _openvino}
 
 
 def absent(part: str, program: str, error: Exception) -> Row:
@@ -348,10 +340,10 @@ def train(config: BenchmarkConfig, folder: Path, device: torch.device) -> list[R
     network = model.ARCHITECTURES[config.model_arch_name]()
     shape = (config.batch_size, 3, config.lr_patch_size, config.lr_patch_size)
     amount, part = 3 * count_gigaflops(network, shape), "train"  # backward: the gradients of inputs and of weights
-    precisions, numbers = precisions_of(device), itertools.count()
-    rows = limits(part, network.arguments["channels"], shape, precisions, device)
+    numbers = itertools.count()
+    rows = limits(part, network.arguments["channels"], shape, config.precisions, device)
     lacking = missing_compiler(device)
-    for precision, compiled in itertools.product(precisions, ("False", "True") if config.compile else ("False",)):
+    for precision, compiled in itertools.product(config.precisions, ("False", "True") if config.compile else ("False",)):
         name = f"train.py, {precision}, compile={compiled}"
         if compiled == "True" and lacking:
             rows.append(Row(part, name, precision, note=lacking))
@@ -368,16 +360,12 @@ def train(config: BenchmarkConfig, folder: Path, device: torch.device) -> list[R
         theirs = build_torchsr(network, folder)
     except (ImportError, ValueError) as error:
         rows.append(absent(part, "torchsr", error))
-    for precision in precisions:
+    for precision in config.precisions:
         for name, candidate in (("our network", network), ("torchSR", theirs)):
             if candidate is not None:
                 work = timed(_plain_update(candidate, shape, config, precision, device), device)
-                rows.append(Row(part, f"plain loop, {name}, {precision}", precision, partial(_twice, work), amount, "GFLOP/s"))
+                rows.append(Row(part, f"plain loop, {name}, {precision}", precision, work, amount, "GFLOP/s"))
     return take_turns(rows, config.runs)
-
-
-def _twice(work: Callable[[], list[float]]) -> list[float]:
-    return work() + work()
 
 
 def _plain_update(
