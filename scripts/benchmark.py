@@ -394,7 +394,7 @@ def training_command(config: BenchmarkConfig, folder: Path, name: str, updates: 
         demo_data.main(["--output", str(data)])
     chosen = {
         "model_arch_name": config.model_arch_name, "upscale_factor": config.model_arch_name.rsplit("x", 1)[1], "exp_name": name,
-        "data_root": data, "cache_dir": folder / "cache", "results_dir": folder / "results", "train_sets": "DemoTrain",
+        "data_root": data, "cache_dir": folder.parent / "cache", "results_dir": folder / "results", "train_sets": "DemoTrain",
         "small_images": "skip", "epochs": 1, "steps_per_epoch": updates, "log_every": 1, "best_metric": "newest", **settings,
     }  # fmt: skip
     options = [str(word) for setting, value in chosen.items() for word in (f"--{setting}", value)]
