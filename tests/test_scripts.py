@@ -7,15 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import image_files
 import imgproc
 import weights
-from helpers import REPOSITORY, TINY, drawn_image, tiny, write_set
+from helpers import REPOSITORY, TINY, drawn_image, write_set
 from runtime import StopRequest
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -85,11 +87,29 @@ def test_a_learning_curve_is_read_off_the_log_and_drawn(tmp_path):
 # Benchmark
 
 
-def test_best_and_median_are_without_the_first_run(monkeypatch):
-    """A work that takes 9, 1, 6, 2 seconds of a clock of ours: best 1, median 2."""
-    clock, taken = [0.0], iter([9, 1, 6, 2])
-    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    assert benchmark.measure(lambda: clock.__setitem__(0, clock[0] + next(taken)), 3) == (1, 2)
+def test_contestants_take_turns_after_one_that_is_not_counted():
+    """Rates and shares are of the best times: a limit of 8 GFLOP in 1 s, and 2 GFLOP in 1 s, a quarter of it."""
+    turns, taken = [], {"limit": iter([9, 2, 1]), "ours": iter([9, 1, 3])}
+
+    def turn(name):
+        turns.append(name)
+        return [float(next(taken[name]))]
+
+    rows = [benchmark.Row("forward", name, "fp32", partial(turn, name), amount, "GFLOP/s") for name, amount in (("limit", 8), ("ours", 2))]
+    benchmark.take_turns([*rows, benchmark.Row("forward", "absent", note="not installed")], 2)
+    assert turns == ["limit", "ours"] * 3
+    figures = rows[1].figures({("fp32", "GFLOP/s"): 8})
+    assert (figures["seconds_best"], figures["seconds_median"], figures["rate"], figures["share_of_limit"]) == (1, 2, 2, 0.25)
+
+
+def test_operations_are_counted_as_by_hand():
+    """3x3 from 3 to 8 channels on 10x12: 2 * 9 * 3 * 8 * 120."""
+    assert benchmark.count_gigaflops(torch.nn.Conv2d(3, 8, 3, padding=1), (1, 3, 10, 12)) == 2 * 9 * 3 * 8 * 120 / 1e9
+
+
+def test_a_failing_command_is_named_with_its_last_line():
+    with pytest.raises(ValueError, match="7: lost"):
+        benchmark.run_command([sys.executable, "-c", "import sys; print('lost', file=sys.stderr); sys.exit(7)"])
 
 
 def test_a_photograph_of_any_size():
@@ -100,20 +120,48 @@ def test_a_photograph_of_any_size():
 
 
 @pytest.mark.slow
-def test_the_benchmark_measures_each_part(tmp_path, capsys):
-    weights.export(tiny(2), tmp_path / "w.pth")
-    memory = ["--parts", "memory", "--model_path", str(tmp_path / "w.pth"), "--width", "60", "--height", "130", "--tile", "48"]
-    benchmark.main(memory)
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert [row[0] for row in table[2:]] == ["whole", "strips", "tiles"]
-    assert all(float(seconds) >= 0 for _, seconds, _, _ in table[2:])
-    whole, strips, tiles = (row[3] for row in table[2:])
-    assert whole == strips != tiles  # tiles have averages of their own
-    benchmark.main(["--parts", "speed", "--batch_size", "1", "--lr_patch_size", "8", "--runs", "1"])
-    out = capsys.readouterr().out
-    assert all(part in out for part in ("1/8", "pairs", "forward and backward, fp32, (1, 3, 8, 8)", "upscaling, bf16"))
-    with pytest.raises(ValueError, match="model_arch_name='rcan_x5'"):
-        benchmark.main(["--model_arch_name", "rcan_x5"])
+@pytest.mark.filterwarnings("ignore")  # of the other programs
+def test_the_benchmark_measures_each_part(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)  # not installed
+    for program in ("onnxscript", "onnxruntime", "spandrel", "torchsr"):
+        pytest.importorskip(program)
+    sizes = "--image 12 --batch_size 1 --lr_patch_size 8 --runs 1 --compile False --image_sizes 24x16 --batch_sizes 1 --lr_patch_sizes 8"
+    benchmark.main([*sizes.split(), "--model_arch_name", "rcan_light_x4", "--precisions", "fp32", "--output", str(tmp_path / "b.json")])
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert found["machine"]["torch"] == torch.__version__
+    rows = {(row["part"], row["name"]): row for row in found["rows"]}
+    (absent,) = [name for (part, name), row in rows.items() if row["note"]]
+    assert absent == "openvino" in capsys.readouterr().out
+    for (part, name), row in rows.items():
+        if name == absent:
+            assert absent in row["note"]
+            continue
+        assert 0 < row["seconds_best"] <= row["seconds_median"], name
+        assert part == "memory" or (row["rate"] > 0 and 0 < row["share_of_limit"] <= 1), name
+        assert part not in ("memory", "start") or row["peak_gib"] > 0.05, name
+        if part == "forward" and "limit" not in name:
+            assert row["largest_difference"] < (0.5 / 255 + 1e-5 if "fp32" in name else 0.05), name  # half a step is upscale's rounding
+    assert {part for part, _ in rows} == {"forward", "train", "loader", "start", "memory"}
+    names = " ".join(name for _, name in rows)
+    for part in (
+        "spandrel",
+        "torchSR",
+        "ONNX Runtime",
+        "train.py, bf16",
+        "plain loop",
+        "Pillow",
+        "inference.py",
+        "upscale 24x16",
+        "checkpointing",
+    ):
+        assert part in names
+
+
+def test_the_benchmark_refuses_impossible_sizes(capsys):
+    with pytest.raises(SystemExit) as end:
+        benchmark.main(["--image_sizes", "24by16"])
+    assert end.value.code == 2
+    assert "24by16" in capsys.readouterr().err
 
 
 # Shells
