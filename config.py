@@ -210,7 +210,7 @@ class Config:
             "channels", "reduction", "num_rg", "num_rcab", "attention",
             "initial_channel_gate", "initial_spatial_gate", "pointwise_upsampler",
         )  # fmt: skip
-        return {name: getattr(self, name) for name in names if getattr(self, name) not in (None, False)}
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None and getattr(self, name) is not False}
 
 
 def released_weights(upscale_factor: int) -> Path:

@@ -102,7 +102,7 @@ def capture(work: Replay) -> Replay:
             work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # threads of the loader and of NCCL may call CUDA meanwhile
         work()
     return graph.replay
 

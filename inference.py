@@ -216,16 +216,18 @@ def upscale_files(
             try:
                 result, notes = upscale_photo(photo.result(), targets[file].suffix, enlarge, scale, config)
                 written = pool.submit(_write, targets[file], result, config.quality or 95, notes)
-                if result.pixels.size > MANY_VALUES:
+                if result.pixels.nbytes > MANY_BYTES:
                     wait([written])
+                del result
             except Exception as error:
-                written.set_exception(error)
+                written.set_exception(error.with_traceback(None))  # which keeps images alive
+            del photo
             yield from before
             before = [(file, written)]
         yield from before
 
 
-MANY_VALUES = 2**28  # no further image is computed while one as large waits in memory
+MANY_BYTES = 2**28  # no further image is computed while one as large waits in memory
 
 
 def _write(target: Path, result: Photo, quality: int, notes: Notes) -> Notes:

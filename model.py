@@ -225,7 +225,7 @@ class ChannelAttention(nn.Module):
         return x
 
     def channel_gate(self, x: Tensor) -> Tensor:
-        return self.channel_attention_layer(x.mean((2, 3), keepdim=True))  # (N, C, 1, 1), 0..1
+        return self.channel_attention_layer(_mean_over_pixels(x))  # (N, C, 1, 1), 0..1
 
     def initialise_gates(self, channel: float | None, spatial: float | None) -> None:
         """Make the factors before training about `channel` and exactly `spatial`; None leaves them as they are."""
@@ -258,7 +258,7 @@ class CBAM(ChannelAttention):
         if self.summands == 1:
             return super().channel_gate(x)
         _, squeeze, activation, excite, sigmoid = self.channel_attention_layer
-        pooled = torch.cat((x.mean((2, 3), keepdim=True), functional.adaptive_max_pool2d(x, 1)), 3)  # (N, C, 1, 2)
+        pooled = torch.cat((_mean_over_pixels(x), functional.adaptive_max_pool2d(x, 1)), 3)  # (N, C, 1, 2)
         gates = excite(activation(squeeze(pooled)))  # (N, C, 1, 2), one perceptron for both
         return sigmoid(gates.sum(3, keepdim=True))  # (N, C, 1, 1), 0..1
 
@@ -380,6 +380,14 @@ def _halving(channels: int) -> list[nn.Module]:
 
 def _normalised(convolution: nn.Conv2d) -> list[nn.Module]:
     return [convolution, nn.BatchNorm2d(convolution.out_channels, track_running_stats=False), nn.LeakyReLU(0.2)]
+
+
+def _mean_over_pixels(x: Tensor) -> Tensor:
+    """(N, C, h, w) -> (N, C, 1, 1). On a CPU `mean` first converts a whole map in half precision to float32: too much for large images."""
+    if x.dtype not in (torch.bfloat16, torch.float16) or x.device.type != "cpu" or not torch.is_inference_mode_enabled():
+        return x.mean((2, 3), keepdim=True)
+    sums = [rows.sum((2, 3), keepdim=True, dtype=torch.float32) for rows in x.split(64, 2)]
+    return (torch.stack(sums).sum(0) / (x.shape[2] * x.shape[3])).to(x.dtype)
 
 
 def _logit(value: float) -> float:

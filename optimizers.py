@@ -88,12 +88,17 @@ class Muon(torch.optim.Optimizer):
                 weight.sub_(move.view(shape))
 
 
+NEGLIGIBLE_NORM = 1e-8  # gradients of L1 have norms of 1e-5 to 1e-3 here
+
+
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
     """The matrices (…, rows, columns) with their singular values brought to between about 0.7 and 1.2.
 
     Newton and Schulz's iteration with the coefficients of Jordan et al., which values above about 1e-3 of the norm reach in 5 rounds.
+    Matrices whose norm is far below `NEGLIGIBLE_NORM` stay small: the gradient of a block that has died must not move it on and on.
     """
-    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-30)
+    norm = matrices.norm(dim=(-2, -1), keepdim=True)
+    x = matrices / norm.clamp(min=NEGLIGIBLE_NORM)
     is_tall = x.shape[-2] > x.shape[-1]
     x = x.mT if is_tall else x
     gram = x @ x.mT  # small, so the iteration runs on it; its products are those of x
@@ -102,5 +107,5 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
         polynomial = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
         factor = polynomial @ factor
         gram = polynomial @ gram @ polynomial
-    x = factor @ x
+    x = factor @ x * (norm / (norm + NEGLIGIBLE_NORM))
     return x.mT if is_tall else x

@@ -139,6 +139,10 @@ class PixelStep:
         try:
             return self.graph(lr, gt, first=first) if self.graph else None
         except RuntimeError as error:
+            if (
+                self.graph is None or self.graph.replay is not None or self.runtime.world_size > 1
+            ):  # a later failure is no matter of recording
+                raise
             self.graph = None
             self.runtime.say(f"cuda_graph: impossible here ({' '.join(str(error).split())[:200]}); kernels are launched one by one")
             return None

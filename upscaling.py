@@ -97,9 +97,14 @@ def _affordable_rows(network: nn.Module, width: int) -> int:
     """LR rows of this width whose upsampling takes about `STRIP_BYTES`."""
     if not isinstance(network, model.RCAN):
         return sys.maxsize
-    channels = 3 if network.folds_upsampler else network.arguments["channels"]
-    row = 3 * 4 * channels * network.upscale_factor**2 * width  # bytes: three maps live at a time, float32
+    row = 3 * 4 * _values_while_enlarging(network) * width  # bytes: three maps live at a time, float32
     return max(MIN_ROWS, STRIP_BYTES // row)
+
+
+def _values_while_enlarging(network: model.RCAN) -> int:
+    """Of the largest feature map, for each LR pixel."""
+    channels, pixels = network.arguments["channels"], network.upscale_factor**2
+    return max(channels, 3 * pixels) if network.folds_upsampler else channels * pixels
 
 
 @torch.inference_mode()
@@ -133,16 +138,18 @@ def _reduced(network: model.RCAN, dtype: torch.dtype) -> model.RCAN:
     It is kept for the next image, and takes over the weights each time, as they may have changed.
     """
     known = _REDUCED.setdefault(network, {})
-    if dtype not in known:
-        known[dtype] = copy.deepcopy(network).to(dtype)
-    reduced = known[dtype]
+    kind = network.mean.device, dtype
+    if kind not in known:
+        known[kind] = copy.deepcopy(network).to(dtype)
+    reduced = known[kind]
+    reduced.folds_upsampler = network.folds_upsampler
     for ours, theirs in zip(reduced.parameters(), network.parameters(), strict=True):
         ours.copy_(theirs)
     reduced.mean = network.mean  # in float32, to which the output is added
     return reduced
 
 
-_REDUCED: weakref.WeakKeyDictionary[nn.Module, dict[torch.dtype, model.RCAN]] = weakref.WeakKeyDictionary()
+_REDUCED: weakref.WeakKeyDictionary[nn.Module, dict[tuple[torch.device, torch.dtype], model.RCAN]] = weakref.WeakKeyDictionary()
 
 
 def _collect(strips: Strips, pixels: Tensor, peak: int, dtype: np.dtype) -> NDArray:
@@ -196,8 +203,8 @@ _TAIL_REACH = 3  # LR rows: conv2 looks 1 far, the steps of the upsampler 1 + 1/
 
 def _trunk(network: model.RCAN, x: Tensor, rows: int) -> Tensor:
     """The output of the residual groups, with two feature maps at a time in memory, and a third one too if it is small."""
-    rows = rows * network.upscale_factor**2 // 2  # as many values as in a strip of the upsampler
-    features = network.shallow_features(x)  # (1, C, h, w)
+    rows = max(1, rows * _values_while_enlarging(network) // network.arguments["channels"] // 2)  # as many values as while enlarging
+    features = _by_rows(network.shallow_features, x, rows, reach=1)  # (1, C, h, w)
     for group in network.trunk:
         start = _Aside(features, rows)
         *blocks, last = group.get_submodule("residual_group").children()
@@ -208,6 +215,7 @@ def _trunk(network: model.RCAN, x: Tensor, rows: int) -> Tensor:
             for gate in attention.gates:
                 residual.mul_(gate(residual))
             features = residual.add_(features)
+            del residual  # or the next block would find a third map in memory
         features = start.add_to(_by_rows(last, features, rows, reach=1))
     return features
 
@@ -242,7 +250,7 @@ class _Aside:
         return features
 
 
-def _by_rows(layers: nn.Module, x: Tensor, rows: int, reach: int) -> Tensor:
+def _by_rows(layers: Callable[[Tensor], Tensor], x: Tensor, rows: int, reach: int) -> Tensor:
     """`layers(x)`, in strips of rows, for layers that keep the size and look `reach` rows far."""
     if rows >= x.shape[2]:
         return layers(x)
@@ -251,7 +259,9 @@ def _by_rows(layers: nn.Module, x: Tensor, rows: int, reach: int) -> Tensor:
         above, below = max(0, top - reach), min(x.shape[2], bottom + reach)
         strip = layers(x[:, :, above:below])[:, :, top - above : bottom - above]
         if not result.numel():
-            result = torch.empty_like(x, dtype=strip.dtype)
+            layout = torch.channels_last if strip.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+            size = (*strip.shape[:2], *x.shape[2:])
+            result = torch.empty(size, dtype=strip.dtype, device=strip.device, memory_format=layout)
         result[:, :, top:bottom] = strip
     return result
 

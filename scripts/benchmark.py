@@ -39,7 +39,6 @@ from datetime import datetime, timezone
 from functools import partial
 from typing import Any, Literal
 
-import demo_data
 import numpy as np
 import PIL.Image
 import skimage.data
@@ -391,7 +390,7 @@ def training_command(config: BenchmarkConfig, folder: Path, name: str, updates: 
     """A run of train.py on the photographs of scikit-image, which logs every update."""
     data = folder.parent / "data"  # for all parts
     if not data.exists():
-        demo_data.main(["--output", str(data)])
+        subprocess.run([sys.executable, str(REPOSITORY / "scripts" / "demo_data.py"), "--output", str(data)], check=True)
     chosen = {
         "model_arch_name": config.model_arch_name, "upscale_factor": config.model_arch_name.rsplit("x", 1)[1], "exp_name": name,
         "data_root": data, "cache_dir": folder.parent / "cache", "results_dir": folder / "results", "train_sets": "DemoTrain",

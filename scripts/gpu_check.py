@@ -37,7 +37,7 @@ import utils
 import weights
 from config import Config
 from reports import markdown_table, provenance
-from runtime import Runtime, run_script
+from runtime import Runtime, run_script, start_runtime
 from train import PixelStep
 from upscaling import upscale
 
@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("PyTorch finds no GPU that it can use; python scripts/doctor.py says more")
     if config.here:
         device = torch.device(config.device)
+        start_runtime(alone=True)  # sets cuDNN and TF32 as training does
         for name in config.only:
             CHECKS[name].run(device)
         return
@@ -128,10 +129,11 @@ def waiting(device: torch.device) -> None:
     for precision in ("fp32", "bf16", *(["fp16"] if device.type == "cuda" else [])):
         for changes in ({}, {"channels_last": False}, {"accumulation_steps": 2}, {"activation_checkpointing": True}, {"optimizer": "muon"}):
             step, ema = _step(device, precision, **changes)
-            for number in range(23):
+            batches = [_batch(device, number) for number in range(23)]
+            for number, batch in enumerate(batches):
                 if device.type == "cuda":
                     torch.cuda.set_sync_debug_mode("error" if number >= 3 else "default")
-                terms = step(*_batch(device, number))
+                terms = step(*batch)
                 ema.update(step.generator, number + 1, terms["optimizer/skipped"])
             if device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
@@ -240,7 +242,7 @@ def graph(device: torch.device) -> None:
 
 def benchmark(_: torch.device) -> None:
     """scripts/benchmark.py: upscaling and training of the full network."""
-    _run("scripts/benchmark.py", "--parts", "forward", "train", "--model_arch_name", "rcan_x4")
+    _run("scripts/benchmark.py", "--parts", "forward", "train", "--model_arch_name", "rcan_x4", "--runs", "3")
 
 
 class Check:

@@ -55,6 +55,20 @@ def test_a_zero_gradient_moves_nothing():
     assert not optimizers.orthogonalise(torch.zeros(2, 4, 36)).any()
 
 
+@pytest.mark.parametrize("size", [1e-12, 1e-15, 1e-20, 1e-30, 1e-44])
+def test_a_vanishing_gradient_moves_next_to_nothing(size):
+    """… and its square, which underflows, does not become infinite."""
+    torch.manual_seed(2)
+    assert optimizers.orthogonalise(size * torch.randn(2, 8, 72)).norm() < 0.01
+
+
+def test_the_size_of_a_usual_gradient_does_not_matter():
+    torch.manual_seed(2)
+    gradient = torch.randn(8, 72)
+    small, large = (optimizers.orthogonalise(size * gradient) for size in (1e-6, 1e3))
+    assert (small - large).abs().max() < 0.01
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_the_first_update_is_the_orthogonalised_gradient_for_convolutions_and_adams_for_the_rest(channels_last):
     network = tiny(4).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

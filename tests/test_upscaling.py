@@ -286,7 +286,7 @@ def test_with_attention_tiles_change_the_result_and_seams_are_no_worse():
     for before, start in itertools.pairwise((0, 27, 53, 80)):  # four tiles of 48, evenly spread over 128
         shared[2 * start : 2 * (before + 48)] = True
     seams = shared[:, None] | shared
-    assert difference[seams].mean() <= 1.5 * difference[~seams].mean()
+    assert difference[seams].mean() <= max(1.5 * difference[~seams].mean(), 0.1 / 255)  # or below what 8 bits show
 
 
 def test_self_ensemble_and_memory_work_in_tiles():
