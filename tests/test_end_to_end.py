@@ -77,7 +77,18 @@ def test_from_training_to_the_same_score_and_the_same_image(place, tmp_path):
     assert metrics["Valid"]["psnr"] == approx(weights.read(place / "results/run/best.pth.tar")["best_psnr"], abs=1e-6)
     gt = imgproc.crop_to_multiple(image_files.read_image(place / "data/Valid/GT/a.png"), 3)
     image_files.write_image(tmp_path / "a.png", imgproc.degrade(gt, 3))
-    command("inference.py", "--model_path", place / "results/run/best.pth.tar", "--input", "a.png", "--output", "out", cwd=tmp_path)
+    command(
+        "inference.py",
+        "--model_path",
+        place / "results/run/best.pth.tar",
+        "--input",
+        "a.png",
+        "--output",
+        "out",
+        "--precision",
+        "fp32",
+        cwd=tmp_path,
+    )
     tested = image_files.read_image(place / "results/run/test/Valid/a.png")
     assert (image_files.read_image(tmp_path / "out/a.png") == tested).all()
 
