@@ -101,6 +101,7 @@ class RCAN(nn.Module):
                 layer.initialise_gates(initial_channel_gate, initial_spatial_gate)
         if pointwise_upsampler:
             self._place_pixels()
+        self.register_load_state_dict_post_hook(RCAN._check_folding)
 
     def marks(self) -> list[str]:
         """Names of the empty buffers that record what no other key or shape shows; none for the paper's network."""
@@ -128,6 +129,11 @@ class RCAN(nn.Module):
         centre[1, 1] = True
         later = [layer.weight[..., ~centre] for layer in self._enlarging_layers()[1:]]
         return not self.arguments["upsampler_activation"] and not any(bool(taps.any()) for taps in later)
+
+    def _check_folding(self, _: object) -> None:
+        """After `load_state_dict`."""
+        if self.folds_upsampler and not self.has_pointwise_upsampler():
+            raise ValueError("these weights' upsampler is not pointwise: make the network with pointwise_upsampler=False")
 
     def _place_pixels(self) -> None:
         """Let the upsampler's first convolution compute all pixels; the later ones only pass channels on, and do not learn."""

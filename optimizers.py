@@ -46,7 +46,8 @@ class Muon(torch.optim.Optimizer):
 
     A convolution's weights are a matrix of output channels x (input channels · kernel). Its update is the average gradient with all
     singular values made about 1, so that rare directions move as far as common ones. Scaled by 0.2 · sqrt(max(rows, columns)), it
-    is as large as Adam's (Liu et al., "Muon is scalable for LLM training", 2025, section 2.2), and both share a learning rate.
+    is as large as Adam's (Liu et al., "Muon is scalable for LLM training", 2025, section 2.2), and both share a learning rate. As every
+    update has the same size, weights would grow without end; each update also makes them smaller by `DECAY` of the learning rate.
 
     Where `found_inf` is 1, `step` changes nothing, as fused Adam's.
 
@@ -56,6 +57,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     MOMENTUM = 0.95
+    DECAY = 0.3
 
     def __init__(self, convolutions: Sequence[nn.Parameter], adam: torch.optim.Adam) -> None:
         (group,) = adam.param_groups
@@ -69,6 +71,7 @@ class Muon(torch.optim.Optimizer):
         assert closure is None
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         convolutions, others = self.param_groups
+        rate = convolutions["lr"]
         self.adam.param_groups, self.adam.state = [others], self.state  # anew each time, as loading a state replaces both
         self.adam.found_inf = found_inf  # type: ignore[attr-defined]
         self.adam.step()
@@ -79,7 +82,8 @@ class Muon(torch.optim.Optimizer):
             momentum = torch.stack([self.state[weight]["momentum"].flatten(1) for weight in alike])
             learned = momentum.lerp(gradients, 1 - self.MOMENTUM)
             update = orthogonalise(gradients.lerp(learned, self.MOMENTUM))  # Nesterov's momentum
-            update *= convolutions["lr"] * 0.2 * math.sqrt(max(update.shape[1:]))
+            update *= rate * 0.2 * math.sqrt(max(update.shape[1:]))
+            update += rate * self.DECAY * torch.stack([weight.flatten(1) for weight in alike])
             if found_inf is not None:
                 learned = torch.where(found_inf > 0, momentum, learned)
                 update = torch.where(found_inf > 0, 0, update)

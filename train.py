@@ -103,6 +103,8 @@ class PixelStep:
             self.graph = graphs.GraphedGradients(self.generator, self.criterion, self.scaler, self.dtype, config.accumulation_steps)
         elif config.cuda_graph:
             runtime.say(f"cuda_graph=True has no effect on the {runtime.device.type.upper()}")
+        if config.optimizer == "muon" and config.learning_rate == Config.learning_rate:
+            runtime.say(f"note: Muon learns fastest with a learning_rate of about 1e-3; this run has {config.learning_rate:g}")
 
     def __call__(self, lr: Tensor, gt: Tensor) -> dict[str, Tensor]:
         parts = self.config.accumulation_steps

@@ -9,6 +9,7 @@ result equals that of one piece, to the rounding of float32 (about 1e-6). `tile`
 changes the result.
 """
 
+import contextlib
 import copy
 import gc
 import sys
@@ -202,7 +203,7 @@ _TAIL_REACH = 3  # LR rows: conv2 looks 1 far, the steps of the upsampler 1 + 1/
 
 
 def _trunk(network: model.RCAN, x: Tensor, rows: int) -> Tensor:
-    """The output of the residual groups, with two feature maps at a time in memory, and a third one too if it is small."""
+    """The output of the residual groups, with two feature maps in memory, and the input of a group as well if it is small."""
     rows = max(1, rows * _values_while_enlarging(network) // network.arguments["channels"] // 2)  # as many values as while enlarging
     features = _by_rows(network.shallow_features, x, rows, reach=1)  # (1, C, h, w)
     for group in network.trunk:
@@ -234,8 +235,17 @@ class _Aside:
         if features.device.type == "cpu" and features.nbytes > ASIDE_BYTES:
             self.kept = torch.empty(0)
             self.file = tempfile.TemporaryFile()  # noqa: SIM115 (`add_to` closes it)
-            for top, bottom in _cuts(features.shape[2], rows):
-                self.file.write(features[:, :, top:bottom].permute(0, 2, 3, 1).contiguous().view(torch.uint8).numpy().data)
+            try:
+                for top, bottom in _cuts(features.shape[2], rows):
+                    self.file.write(features[:, :, top:bottom].permute(0, 2, 3, 1).contiguous().view(torch.uint8).numpy().data)
+                self.file.flush()
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    self.file.close()
+                needed = f"{features.nbytes / 2**30:.1f} GiB"
+                raise ValueError(
+                    f"a feature map of {needed} can't wait in {tempfile.gettempdir()}: {error.strerror}; set TMPDIR to a folder with room"
+                ) from None
 
     def add_to(self, features: Tensor) -> Tensor:
         if self.file is None:
@@ -245,7 +255,8 @@ class _Aside:
             for top, bottom in _cuts(features.shape[2], self.rows):
                 part = features[:, :, top:bottom].permute(0, 2, 3, 1)  # (1, rows, w, C)
                 data = bytearray(part.numel() * part.element_size())
-                self.file.readinto(data)
+                if self.file.readinto(data) < len(data):
+                    raise ValueError(f"{tempfile.gettempdir()}: a file of this program was cut short; set TMPDIR to another folder")
                 part.add_(torch.frombuffer(data, dtype=part.dtype).view(part.shape))
         return features
 

@@ -176,6 +176,13 @@ def test_a_pointwise_upsampler_needs_channels_and_linearity():
         model.RCAN(2, 16, 4, 1, 1, pointwise_upsampler=True, upsampler_activation=True)
 
 
+def test_a_pointwise_upsampler_refuses_weights_that_it_would_ignore():
+    network = tiny(4, channels=12, pointwise_upsampler=True)
+    network.load_state_dict(network.state_dict())
+    with pytest.raises(ValueError, match="pointwise_upsampler=False"):
+        network.load_state_dict(tiny(4, channels=12).state_dict())
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.skipif(not COMPILES, reason="no compiler for this processor")

@@ -71,8 +71,10 @@ def test_the_size_of_a_usual_gradient_does_not_matter():
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_the_first_update_is_the_orthogonalised_gradient_for_convolutions_and_adams_for_the_rest(channels_last):
+    """… and convolutions decay by 0.3 of the learning rate."""
     network = tiny(4).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     put_gradients(network)
+    before = {name: weight.detach().clone() for name, weight in network.named_parameters()}
     found = moves(network, build(network))
     by_muon = {name for name, move in found.items() if move.abs().std() / move.abs().mean() > 0.1}  # Adam's first moves are all as large
     kernels = {name for name, weight in network.named_parameters() if weight.shape[2:] == (3, 3)}
@@ -81,7 +83,7 @@ def test_the_first_update_is_the_orthogonalised_gradient_for_convolutions_and_ad
         if name in by_muon:
             left, values, right = torch.linalg.svd(weight.grad.flatten(1).double(), full_matrices=False)
             orthogonal = left @ torch.diag(after_iterations(values / values.norm())) @ right
-            expected = -LEARNING_RATE * 0.2 * math.sqrt(weight[0].numel()) * orthogonal.view(weight.shape)
+            expected = -LEARNING_RATE * (0.2 * math.sqrt(weight[0].numel()) * orthogonal.view(weight.shape) + 0.3 * before[name])
         else:
             expected = -LEARNING_RATE * weight.grad.sign()
         assert found[name].numpy() == approx(expected.numpy(), rel=1e-2, abs=1e-6), name
@@ -96,7 +98,8 @@ def test_momentum_averages_gradients():
     optimizer.step()
     put_gradients(network, seed=2)
     second = network.get_parameter(CONVOLUTION).grad.clone()
-    found = moves(network, optimizer)[CONVOLUTION].flatten(1)
+    decay = LEARNING_RATE * 0.3 * network.get_parameter(CONVOLUTION).detach().flatten(1)
+    found = moves(network, optimizer)[CONVOLUTION].flatten(1) + decay
     average = 0.95 * 0.05 * first + 0.05 * second
     expected = optimizers.orthogonalise((0.05 * second + 0.95 * average).flatten(1))
     assert found.numpy() == approx((-LEARNING_RATE * 0.2 * math.sqrt(72) * expected).numpy(), abs=1e-6)

@@ -59,6 +59,13 @@ def files_of(config):
 # One update
 
 
+def test_muon_with_adams_learning_rate_is_remarked(settings, capsys):
+    PixelStep(settings(optimizer="muon", learning_rate=1e-4), CPU, "fp32")
+    assert "1e-3" in capsys.readouterr().out
+    PixelStep(settings(optimizer="muon", learning_rate=1e-3), CPU, "fp32")
+    assert not capsys.readouterr().out
+
+
 def test_one_update_is_adams(settings):
     """Adam's first step moves each weight by the learning rate against the sign of its gradient."""
     step = PixelStep(settings(), CPU, "fp32")

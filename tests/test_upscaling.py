@@ -5,6 +5,7 @@ Images of 16 bits show differences of 1.5e-5 in what `upscale` returns.
 
 import io
 import itertools
+import os
 import subprocess
 import sys
 
@@ -236,6 +237,14 @@ def test_a_feature_map_that_waits_in_a_file_comes_back_as_it_was(monkeypatch, pr
     monkeypatch.setattr(upscaling.tempfile, "TemporaryFile", lambda: files.append(io.BytesIO()) or files[-1])
     assert (upscale(network, lr, precision=precision, strip_rows=5) == expected).all()
     assert len(files) == len(network.trunk) and all(file.closed for file in files)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full, as Linux has")
+def test_a_full_folder_for_temporary_files_is_named(monkeypatch):
+    monkeypatch.setattr(upscaling, "ASIDE_BYTES", 0)
+    monkeypatch.setattr(upscaling.tempfile, "TemporaryFile", lambda: open("/dev/full", "wb+"))
+    with pytest.raises(ValueError, match="TMPDIR"):
+        upscale(tiny(3), drawn_image(31, 22), strip_rows=5)
 
 
 # Tiles
