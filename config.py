@@ -135,7 +135,8 @@ class Config:
             "l1_weight", "perceptual_weight", "adversarial_weight",
         ), "at least 0"),
         **dict.fromkeys(("initial_channel_gate", "initial_spatial_gate", "learning_rate"), "more than 0 and less than 1"),
-        **dict.fromkeys(("adam_betas", "ema_decay", "luma_share"), "at least 0 and less than 1"),
+        **dict.fromkeys(("adam_betas", "ema_decay"), "at least 0 and less than 1"),
+        "luma_share": "0 to 1",
         "skip_threshold": "0 or more than 1",
     }  # fmt: skip
 
@@ -327,6 +328,7 @@ _IS_WITHIN: dict[str, Callable[[float], bool]] = {
     "at least 0": lambda value: 0 <= value < inf,
     "more than 0 and less than 1": lambda value: 0 < value < 1,
     "at least 0 and less than 1": lambda value: 0 <= value < 1,
+    "0 to 1": lambda value: 0 <= value <= 1,
     "0 or more than 1": lambda value: value == 0 or 1 < value < inf,
 }
 

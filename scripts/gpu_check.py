@@ -268,7 +268,8 @@ class Check(NamedTuple):
 CHECKS = {
     "device": Check(device_and_precisions, 60), "doctor": Check(doctor, 60), "waiting": Check(waiting, 60),
     "skipping": Check(skipping, 60), "graph": Check(graph, 120), "repeating": Check(repeating, 90), "resuming": Check(resuming, 90),
-    "memory": Check(memory, 60, needs_gpu=True), "processes": Check(processes, 60), "profile": Check(profile, 60, needs_gpu=True), "benchmark": Check(benchmark, 120),
+    "memory": Check(memory, 60, needs_gpu=True),
+    "processes": Check(processes, 60), "profile": Check(profile, 60, needs_gpu=True), "benchmark": Check(benchmark, 120),
     "tests": Check(tests, 120), "kills": Check(kills, 120),
 }  # fmt: skip
 

@@ -5,9 +5,10 @@ Images of 16 bits show differences of 1.5e-5 in what `upscale` returns.
 
 import io
 import itertools
-import os
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -239,10 +240,10 @@ def test_a_feature_map_that_waits_in_a_file_comes_back_as_it_was(monkeypatch, pr
     assert len(files) == len(network.trunk) and all(file.closed for file in files)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full, as Linux has")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full, as Linux has")
 def test_a_full_folder_for_temporary_files_is_named(monkeypatch):
     monkeypatch.setattr(upscaling, "ASIDE_BYTES", 0)
-    monkeypatch.setattr(upscaling.tempfile, "TemporaryFile", lambda: open("/dev/full", "wb+"))
+    monkeypatch.setattr(upscaling.tempfile, "TemporaryFile", partial(Path("/dev/full").open, "wb+"))
     with pytest.raises(ValueError, match="TMPDIR"):
         upscale(tiny(3), drawn_image(31, 22), strip_rows=5)
 
