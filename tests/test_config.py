@@ -31,6 +31,7 @@ RANGES = {  # values within, and beyond
     "at least 0": ([0, 1, 1000], [-1]),
     "more than 0 and less than 1": ([1e-9, 0.5, 0.999], [0.0, 1.0, -0.1]),
     "at least 0 and less than 1": ([0.0, 0.5, 0.999], [1.0, -0.1]),
+    "0 to 1": ([0.0, 0.5, 1.0], [1.1, -0.1]),
     "0 or more than 1": ([0.0, 1.1, 10.0], [1.0, 0.5, -1.0]),
 }
 FREE = {"start_epoch": [0], "accumulation_steps": [1], "initial_spatial_gate": [0.9], "lr_patch_size": [8], "reduction": [1]}
