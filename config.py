@@ -61,7 +61,7 @@ class Config:
     train_sets: tuple[str, ...] = ("DIV2K",)  # sets to train on, together (paper: DIV2K)
     valid_sets: tuple[str, ...] = ("Set5",)  # sets to score during training; the first one decides which weights are best
     test_sets: tuple[str, ...] = ("Set5",)  # sets to score in test.py (paper: Set5 Set14 B100 Urban100 Manga109)
-    degradation: Literal["BI", "BD", "DN"] = "BI"  # GT to LR: bicubic; blur and decimation; bicubic and noise (paper: BI, and BD at x3)
+    degradation: Literal["BI", "BD", "DN", "photo"] = "BI"  # how LR is made of GT, see docs/data.md (paper: BI; BD and DN at x3)
     lr_patch_size: int = 48  # side of an LR patch, LR pixels; a GT patch is upscale_factor times as large (paper: 48)
     small_images: Literal["refuse", "skip"] = "refuse"  # what to do with training images smaller than a patch
     cache_dir: str = ".cache"  # folder for decoded training images; may be deleted at any time

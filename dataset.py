@@ -20,7 +20,7 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -53,6 +53,7 @@ LR_FOLDERS = {
     "BI": ("LRbicx{scale}", "LR_bicubic/X{scale}"),
     "BD": ("LRBDx{scale}",),
     "DN": ("LRDNx{scale}",),
+    "photo": ("LRphotox{scale}",),
 }
 
 
@@ -203,12 +204,12 @@ def check_lr(pairs: Sequence[Pair], upscale_factor: int, degradation: str) -> tu
     DN's noise is not repeated: in the middle tones, its mean must be 0 and its standard deviation 30.
     """
     if pairs[0].lr is None:
-        return True, "made exactly when needed"
+        return True, "drawn anew for each patch, and by name for whole images" if degradation == "photo" else "made exactly when needed"
     chosen = [pairs[index] for index in np.linspace(0, len(pairs) - 1, min(_COMPARED, len(pairs))).astype(int)]
     noise, shares, worst = [np.zeros(0)], [], 0
     for pair in chosen:
         gt = imgproc.crop_to_multiple(image_files.read_image(pair.gt), upscale_factor)
-        exact = imgproc.degrade(gt, upscale_factor, "BI" if degradation == "DN" else degradation).astype(int)
+        exact = make_lr(replace(pair, lr=None), gt, upscale_factor, "BI" if degradation == "DN" else degradation).astype(int)
         off = make_lr(pair, gt, upscale_factor, degradation) - exact
         noise.append(off[abs(exact - 128) < 32])  # elsewhere the noise is clipped
         shares.append(float(np.mean(off != 0)))
@@ -245,7 +246,7 @@ def fit_to_patch(pairs: Sequence[Pair], sizes: Sequence[Size], gt_patch_size: in
 
 
 def make_lr(pair: Pair, gt: RGB, upscale_factor: int, degradation: str) -> RGB:
-    """The LR image of a pair, read, or made from the cropped GT; the noise of DN depends on the name."""
+    """The LR image of a pair, read, or made from the cropped GT; what DN and photo draw depends on the name."""
     if pair.lr is None:
         return imgproc.degrade(gt, upscale_factor, degradation, seed=zlib.crc32(pair.name.encode()))
     lr = image_files.read_image(pair.lr)
@@ -383,6 +384,7 @@ class TrainBatches(Dataset):
         batch_size: of all processes together; this process gets its share.
         usable: indices of the images to draw from; None for all.
         rank, world_size: which share.
+        draws_lr: make LR of the GT patch and its surroundings as "photo", drawn anew each time, instead of cutting it from the store.
 
     Raises:
         ValueError: the batch cannot be shared out evenly.
@@ -398,6 +400,7 @@ class TrainBatches(Dataset):
         usable: NDArray[np.intp] | None = None,
         rank: int = 0,
         world_size: int = 1,
+        draws_lr: bool = False,
     ) -> None:
         if batch_size % world_size:
             raise ValueError(f"batch_size={batch_size} is not a multiple of the {world_size} processes: set a multiple")
@@ -405,6 +408,7 @@ class TrainBatches(Dataset):
         self.batch_size = batch_size
         self.lr_patch_size = lr_patch_size
         self.seed = seed
+        self.draws_lr = draws_lr
         self.usable = np.arange(len(store)) if usable is None else usable
         sizes = [store.gt_sizes[image] for image in self.usable]
         self.fingerprint = f"{len(sizes)} images of {sum(h * w for h, w in sizes)} pixels, {zlib.crc32(repr(sizes).encode()):08x}"
@@ -423,10 +427,27 @@ class TrainBatches(Dataset):
         for i, (image, place, orientation) in enumerate(zip(images, places, orientations, strict=True)):
             room = np.subtract(self.store.lr_sizes[image], size) + 1
             top, left = (place * room).astype(int)  # in LR pixels, so both crops show the same
-            lr[i] = imgproc.flip_rotate(self.store.lr(image)[top : top + size, left : left + size], orientation)
+            if self.draws_lr:
+                cut = self._draw_lr(image, top, left, np.random.default_rng((self.seed, _PHOTOS, update, self.share.start + i)))
+            else:
+                cut = self.store.lr(image)[top : top + size, left : left + size]
+            lr[i] = imgproc.flip_rotate(cut, orientation)
             top, left, side = top * scale, left * scale, size * scale
             gt[i] = imgproc.flip_rotate(self.store.gt(image)[top : top + side, left : left + side], orientation)
         return {"lr": torch.from_numpy(lr), "gt": torch.from_numpy(gt)}
+
+    def _draw_lr(self, image: int, top: int, left: int, random: np.random.Generator) -> RGB:
+        """The LR patch at this place (LR pixels), of a degraded part of the image that begins a random number of pixels before it.
+
+        So the blocks of JPEG (8 pixels, or 16 for colours) lie anywhere in the patch, and blur sees what is beside it.
+        """
+        scale, size = self.store.upscale_factor, self.lr_patch_size
+        first_row, first_column = (max(0, start - _SURROUNDINGS - int(random.integers(16))) for start in (top, left))
+        rows, columns = (
+            slice(first * scale, (start + size + _SURROUNDINGS) * scale) for first, start in ((first_row, top), (first_column, left))
+        )
+        lr = imgproc.degrade_photo(self.store.gt(image)[rows, columns], scale, random)
+        return lr[top - first_row :, left - first_column :][:size, :size]
 
     def names(self, update: int) -> list[str]:
         """The images of an update's patches, over all processes."""
@@ -443,7 +464,8 @@ class TrainBatches(Dataset):
         return self._shuffled
 
 
-_ORDER, _PLACES = 0, 1  # separate streams of random numbers
+_ORDER, _PLACES, _PHOTOS = 0, 1, 2  # separate streams of random numbers
+_SURROUNDINGS = 4  # LR pixels around a patch that blur and interpolation may look at
 _TICK = 1  # seconds that the loader waits for a batch before it looks around
 
 

@@ -7,6 +7,7 @@ An image is RGB uint8, (H, W, 3), everywhere in this file.
     psnr(sr, gt, border=4), ssim(sr, gt, border=4)    # as the papers count them
 """
 
+import io
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -15,13 +16,14 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from scipy import sparse
 
 from image_files import RGB
 from image_files import read_image as read_image  # other programs call imgproc.read_image and imgproc.write_image
 from image_files import write_image as write_image
 
-DEGRADATIONS = ("BI", "BD", "DN")
+DEGRADATIONS = ("BI", "BD", "DN", "photo")
 SSIM_WINDOW = 11  # pixels
 
 
@@ -113,10 +115,11 @@ def _cubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def degrade(gt: RGB, upscale_factor: int, degradation: str = "BI", seed: int = 0) -> RGB:
-    """Make the LR image of the paper's protocol (RCAN, section 4.1).
+    """Make the LR image: of the paper's protocol (RCAN, section 4.1), or such as people have.
 
     "BI" is MATLAB's bicubic. "BD" blurs with a Gaussian of sigma 1.6, rounds, and takes every scale-th pixel.
-    "DN" is BI with Gaussian noise of sigma 30 of 255, drawn from `seed`.
+    "DN" is BI with Gaussian noise of sigma 30 of 255, drawn from `seed`. "photo" is a photograph as cameras and websites leave it,
+    drawn from `seed` within the ranges of `PHOTO`.
 
     Args:
         gt: uint8 (H, W, 3); H and W multiples of `upscale_factor` (see `crop_to_multiple`).
@@ -136,7 +139,9 @@ def degrade(gt: RGB, upscale_factor: int, degradation: str = "BI", seed: int = 0
     if degradation == "DN":
         lr = imresize(gt, 1 / upscale_factor)
         noise = np.random.default_rng(seed).normal(0, 30, lr.shape)
-        return np.clip(np.floor(lr + noise + 0.5), 0, 255).astype(np.uint8)
+        return _to_uint8(lr + noise)
+    if degradation == "photo":
+        return degrade_photo(gt, upscale_factor, np.random.default_rng(seed))
     raise ValueError(f"degradation={degradation!r} is unknown; known are {', '.join(DEGRADATIONS)}")
 
 
@@ -152,6 +157,69 @@ def _blur(gt: RGB, upscale_factor: int, sigma: float = 1.6) -> RGB:
     for axis in (0, 1):  # an even kernel's middle tap is the left one of the two, as in MATLAB's imfilter
         blurred = ndimage.correlate1d(blurred, kernel, axis, mode="nearest", origin=0 if width % 2 else -1)
     return np.floor(blurred + 0.5).astype(np.uint8)
+
+
+def _to_uint8(values: NDArray) -> RGB:
+    return np.clip(np.floor(values + 0.5), 0, 255).astype(np.uint8)
+
+
+# What "photo" draws from. Real-ESRGAN (Wang et al. 2021, section 3 and its published options) and BSRGAN (Zhang et al. 2021,
+# section 3) have the same steps, with blur to sigma 3, noise to 30 and JPEG from 30. Those ranges are meant for networks that also
+# invent detail; here a part of the images stays clean, and damage is what an ordinary camera or website does.
+PHOTO: dict[str, tuple[float, float]] = {
+    "blurred": (0.4, 1),  # share of the images, and whether both sides have a sigma of their own
+    "sigma": (0.1, 0.6),  # of the Gaussian, LR pixels
+    "resampled": (0.25, 0.15),  # shares of area averaging and of bilinear interpolation; the rest is MATLAB's bicubic
+    "noisy": (0.5, 0.4),  # share of the images, and of the noisy ones those with equal noise in R, G and B
+    "noise": (0.5, 14),  # standard deviation at white, of 255
+    "dark noise": (0.2, 1),  # standard deviation at black, as a part of that at white: photons' noise grows with the light
+    "compressed": (0.75, 0.15),  # share of the images, and of those the compressed ones that are compressed twice
+    "quality": (30, 95),  # of JPEG, as libjpeg counts, and of WebP
+    "webp": (0.1, 0.5),  # share of WebP among compressions, and of full colour resolution (4:4:4) among JPEGs
+}
+
+
+def degrade_photo(gt: RGB, upscale_factor: int, random: np.random.Generator) -> RGB:
+    """Blur, shrink, add noise and compress, each or none of them, with values drawn from the ranges of `PHOTO`.
+
+    The compressor's blocks start at the first pixel.
+
+    Args:
+        gt: uint8 (H, W, 3); H and W multiples of `upscale_factor`.
+    """
+
+    def happens(share: float) -> bool:
+        return random.random() < share
+
+    if happens(PHOTO["blurred"][0]):
+        sigmas = random.uniform(*PHOTO["sigma"], 2) * upscale_factor
+        gt = cv2.GaussianBlur(gt, (0, 0), sigmas[0], sigmaY=sigmas[1])
+    area, bilinear = PHOTO["resampled"]
+    method = random.random()
+    if method < area + bilinear:
+        size = (gt.shape[1] // upscale_factor, gt.shape[0] // upscale_factor)
+        lr = cv2.resize(gt, size, interpolation=cv2.INTER_AREA if method < area else cv2.INTER_LINEAR)
+    else:
+        lr = imresize(gt, 1 / upscale_factor)
+    if happens(PHOTO["noisy"][0]):
+        at_white = random.uniform(*PHOTO["noise"])
+        at_black = at_white * random.uniform(*PHOTO["dark noise"])
+        channels = 1 if happens(PHOTO["noisy"][1]) else 3
+        deviation = np.sqrt(at_black**2 + (at_white**2 - at_black**2) / 255 * lr)
+        lr = _to_uint8(lr + deviation * random.standard_normal((*lr.shape[:2], channels), np.float32))
+    if happens(PHOTO["compressed"][0]):
+        for _ in range(2 if happens(PHOTO["compressed"][1]) else 1):
+            quality = int(random.uniform(*PHOTO["quality"]))
+            is_webp, full_colour = (happens(share) for share in PHOTO["webp"])
+            lr = compress(lr, "WEBP", quality) if is_webp else compress(lr, "JPEG", quality, subsampling=0 if full_colour else 2)
+    return lr
+
+
+def compress(image: RGB, kind: str, quality: int, **options: int) -> RGB:
+    """What is left of an image after Pillow has written it as "JPEG" or "WEBP" of this quality."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, kind, quality=quality, **options)
+    return np.asarray(Image.open(file))
 
 
 # Transparency

@@ -434,10 +434,12 @@ def prepare(config: Config, build_step: BuildStep = PixelStep, runtime: Runtime 
     step = build_step(config, runtime, precision)
     if config.pretrained_model_path and not found:
         say(weights.transfer(step.generator, config.pretrained_model_path))
-    build = partial(PairStore.open_or_build, sets, scale, degradation, config.cache_dir, sizes=sizes, progress=runtime.is_main)
+    draws_lr = degradation == "photo" and all(pair.lr is None for pair in pairs)
+    stored = "BI" if draws_lr else degradation
+    build = partial(PairStore.open_or_build, sets, scale, stored, config.cache_dir, sizes=sizes, progress=runtime.is_main)
     store = runtime.in_turns(build)
     share = {"rank": runtime.rank, "world_size": runtime.world_size}
-    batches = dataset.TrainBatches(store, config.batch_size, config.lr_patch_size, config.seed, usable=usable, **share)
+    batches = dataset.TrainBatches(store, config.batch_size, config.lr_patch_size, config.seed, usable=usable, draws_lr=draws_lr, **share)
     run = Run(config, runtime, step, precision, validation, batches, trained_for)
     if found:
         run.restore(*found)

@@ -51,8 +51,8 @@ Factor = Literal[2, 3, 4, 8]
 class PrepareConfig:
     input: str  # folder of GT images; those of the set itself stay where they are
     output: str  # folder of the set, as data/DIV2K
-    upscale_factors: tuple[Factor, ...] = (2, 3, 4, 8)  # of BI
-    degradations: tuple[Literal["BI", "BD", "DN"], ...] = ("BI",)  # bicubic; blur and decimation; bicubic and noise
+    upscale_factors: tuple[Factor, ...] = (2, 3, 4, 8)  # of BI and photo
+    degradations: tuple[Literal["BI", "BD", "DN", "photo"], ...] = ("BI",)  # as in config.py; photo is drawn by the image's name
     bd_dn_upscale_factors: tuple[Factor, ...] = (3,)  # of BD and DN; the paper has only 3
     sub_image_size: int = 0  # cut the images into squares of this side, GT pixels; smaller images stay whole; 0: don't cut
     sub_image_step: int = 0  # from one sub-image to the next, GT pixels; 0: their size, so that only the last ones overlap
@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = tyro.cli(PrepareConfig, args=argv, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
     if config.num_workers < 0:
         raise ValueError(f"num_workers={config.num_workers} must be 0 or more")
-    factors = {"BI": config.upscale_factors, "BD": config.bd_dn_upscale_factors, "DN": config.bd_dn_upscale_factors}
+    whole, of_paper = config.upscale_factors, config.bd_dn_upscale_factors
+    factors = {"BI": whole, "BD": of_paper, "DN": of_paper, "photo": whole}
     kinds = [(kind, factor) for kind in imgproc.DEGRADATIONS if kind in config.degradations for factor in sorted(set(factors[kind]))]
     if not kinds:
         raise ValueError("nothing to make: give at least one of degradations, and one of its upscale factors")

@@ -262,6 +262,46 @@ def test_shares_of_processes_make_the_whole_batch():
         TrainBatches(store, 6, 6, 0, world_size=4)
 
 
+class Photographs(InMemory):
+    """Images of a size that leaves room around patches, with LR made by bicubic."""
+
+    def __init__(self, scale):
+        super().__init__(scale, [(40, 44), (24, 30)])
+        self.gt = lambda index: drawn_image(*self.gt_sizes[index])
+        self.lr = lambda index: imgproc.degrade(self.gt(index), scale)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_a_photo_patch_is_cut_from_a_degraded_part_of_the_image(scale, monkeypatch):
+    """Without damage it is what bicubic makes of the whole image, since its surroundings were degraded too."""
+    monkeypatch.setattr(imgproc, "PHOTO", dict.fromkeys(imgproc.PHOTO, (0.0, 0.0)))
+    plain, drawn = (TrainBatches(Photographs(scale), 6, 12, 5, draws_lr=draws) for draws in (False, True))
+    for update in range(6):
+        assert equal(plain[update], drawn[update])
+
+
+def test_photos_are_drawn_anew_by_seed_update_and_index():
+    photos = [TrainBatches(Photographs(2), 6, 12, seed, draws_lr=True) for seed in (1, 1, 2)]
+    assert equal(photos[0][7], photos[1][7]) and not equal(photos[0][7], photos[2][7])
+    parts = [TrainBatches(Photographs(2), 6, 12, 1, rank=rank, world_size=3, draws_lr=True)[7] for rank in range(3)]
+    assert equal({name: torch.cat([part[name] for part in parts]) for name in ("lr", "gt")}, photos[0][7])
+    again = TrainBatches(Photographs(2), 6, 12, 1)[7]
+    assert torch.equal(again["gt"], photos[0][7]["gt"]) and not torch.equal(again["lr"], photos[0][7]["lr"])
+
+
+def test_the_blocks_of_jpeg_lie_anywhere_in_a_photo_patch(monkeypatch):
+    """Blocks begin with the part that is degraded, whose first row is compared with that of the patch. They have up to 16 pixels."""
+    images = Photographs(2)
+    images.gt_sizes, images.lr_sizes = [(80, 88)], [(40, 44)]
+    rows = np.arange(80, dtype=np.uint8)[:, None, None].repeat(88, 1).repeat(3, 2)  # each pixel holds its row
+    images.gt = lambda index: rows
+    begins = []
+    monkeypatch.setattr(imgproc, "degrade_photo", lambda gt, scale, random: begins.append(gt.min() // 2) or gt[::scale, ::scale])
+    batches = TrainBatches(images, 1, 12, 3, draws_lr=True)
+    tops = [int(batches[update]["gt"].min()) // 2 for update in range(600)]
+    assert {(top - begin) % 16 for top, begin in zip(tops, begins, strict=True) if top >= 20} == set(range(16))
+
+
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
 def test_prefetchers_give_floats_in_order_and_end(device, channels_last):
@@ -284,7 +324,7 @@ def test_prefetchers_give_floats_in_order_and_end(device, channels_last):
 
 def with_lr(folder, degradation, change=lambda lr: lr, scale=2):
     write_set(folder, [(64, 80)] * 3)
-    place = {"BI": "LRbicx", "BD": "LRBDx", "DN": "LRDNx"}[degradation]
+    place = {"BI": "LRbicx", "BD": "LRBDx", "DN": "LRDNx", "photo": "LRphotox"}[degradation]
     for index, file in enumerate(sorted((folder / "GT").iterdir())):
         lr = imgproc.degrade(image_files.read_image(file), scale, degradation, seed=100 + index)
         image_files.write_image(folder / f"{place}{scale}" / file.name, change(lr))

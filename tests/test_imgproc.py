@@ -127,6 +127,69 @@ def test_dn_is_bicubic_and_noise_of_30():
     assert (lr != degrade(gt, 2, "DN", seed=2)).any()
 
 
+NOTHING = dict.fromkeys(imgproc.PHOTO, (0.0, 0.0))
+
+
+def photo(gt, scale=2, **ranges):
+    """Degraded by the named ranges alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(imgproc, "PHOTO", NOTHING | {name.replace("_", " "): span for name, span in ranges.items()})
+        return imgproc.degrade_photo(gt, scale, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4, 8])
+def test_a_photo_without_damage_is_bicubic(scale):
+    gt = drawn_image(48, 72)
+    assert (photo(gt, scale) == degrade(gt, scale)).all()
+    for area, bilinear in ((1, 0), (0, 1)):
+        lr = photo(gt, scale, resampled=(area, bilinear))
+        assert (lr != degrade(gt, scale)).any()
+        assert abs(lr.astype(float).mean() - gt.mean()) < 2
+    averages = gt.reshape(48 // scale, scale, 72 // scale, scale, 3).mean((1, 3))
+    assert abs(photo(gt, scale, resampled=(1, 0)) - averages).max() <= 0.5 + 1e-9
+
+
+def test_noise_of_a_photo_grows_with_the_light():
+    """At black it is a fifth of that at white, and its square grows linearly."""
+    for value, expected in ((255, 10), (0, 2), (128, (4 + 96 * 128 / 255) ** 0.5)):
+        lr = photo(gray(value, 400, 400), noisy=(1, 0), noise=(10, 10), dark_noise=(0.2, 0.2))
+        off = lr.astype(float) - value
+        spread = off.std() if value == 128 else np.sqrt(2 * np.mean(off**2))  # half of it is clipped
+        assert spread == approx(expected, rel=0.05)
+    coloured, uncoloured = (photo(gray(128, 40, 40), noisy=(1, share), noise=(9, 9), dark_noise=(1, 1)) for share in (0, 1))
+    assert np.ptp(coloured, 2).max() > 5 and not np.ptp(uncoloured, 2).any()
+
+
+def test_blur_of_a_photo_is_wider_with_a_larger_sigma():
+    gt = gray(0, 64, 64)
+    gt[32, 32] = 255
+    widths = []
+    for sigma in (0.3, 0.6):
+        spot = photo(gt, 2, blurred=(1, 1), sigma=(sigma, sigma))[..., 0].astype(float)
+        place = np.arange(32) - (spot.sum(0) @ np.arange(32)) / spot.sum()
+        widths.append(spot.sum(0) @ place**2 / spot.sum())
+    assert widths[1] - widths[0] == approx(0.6**2 - 0.3**2, rel=0.25)  # variances add, less what is rounded to nothing
+
+
+@pytest.mark.parametrize(("webp", "kind"), [((0, 1), "JPEG"), ((1, 1), "WEBP")])
+def test_compression_of_a_photo_is_pillows(webp, kind):
+    gt = drawn_image(64, 64)
+    options = {"subsampling": 0} if kind == "JPEG" else {}
+    once = imgproc.compress(degrade(gt, 2), kind, 40, **options)
+    assert (photo(gt, compressed=(1, 0), quality=(40, 40), webp=webp) == once).all()
+    assert (photo(gt, compressed=(1, 1), quality=(40, 40), webp=webp) == imgproc.compress(once, kind, 40, **options)).all()
+    assert psnr(imgproc.compress(gt, kind, 90), gt, 0) > psnr(imgproc.compress(gt, kind, 40), gt, 0) + 2
+
+
+def test_photos_are_drawn_by_the_seed_and_a_part_of_them_is_clean():
+    gt = drawn_image(32, 32)
+    assert (degrade(gt, 2, "photo", seed=3) == degrade(gt, 2, "photo", seed=3)).all()
+    results = [degrade(gt, 2, "photo", seed=seed) for seed in range(200)]
+    clean = sum(bool((lr == degrade(gt, 2)).all()) for lr in results)
+    assert 3 <= clean <= 25  # 0.6 · 0.6 · 0.5 · 0.25 of them: 9
+    assert len({lr.tobytes() for lr in results}) > 150
+
+
 def test_degrade_refuses_odd_sizes_and_unknown_names():
     with pytest.raises(ValueError, match="upscale_factor=3"):
         degrade(gray(0), 3)
