@@ -214,9 +214,10 @@ class Config:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None and getattr(self, name) is not False}
 
 
-def released_weights(upscale_factor: int) -> Path:
-    """The path of this repository's own weights for a scale; the file may be absent."""
-    return Path(__file__).parent / "assets" / "weights" / f"rcan_light_x{upscale_factor}.pth.tar"
+def released_weights(upscale_factor: int, kind: str = "clean") -> Path:
+    """The path of this repository's own weights for a scale, "clean" or "photo"; the file may be absent."""
+    name = f"rcan_light_x{upscale_factor}" if kind == "clean" else f"rcan_light_{kind}_x{upscale_factor}"
+    return Path(__file__).parent / "assets" / "weights" / f"{name}.pth.tar"
 
 
 # The command line

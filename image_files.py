@@ -62,6 +62,7 @@ class Photo:
         dpi: horizontal and vertical resolution for printing; None: unknown.
         metadata: EXIF, XMP, comments, text, and what a PNG says of its colours.
         notes: sentences on what was left out.
+        lossy: the compression that its pixels come from ("JPEG", "WEBP", "AVIF", "HEIF"); empty: none, or unknown.
     """
 
     pixels: NDArray
@@ -71,6 +72,7 @@ class Photo:
     dpi: tuple[float, float] | None = None
     metadata: Metadata = field(default_factory=Metadata)
     notes: tuple[str, ...] = ()
+    lossy: str = ""
 
     @property
     def bits(self) -> int:
@@ -471,9 +473,24 @@ def _to_photo(image: Image.Image, file: BinaryIO) -> Photo:
     if isinstance(image, TiffImagePlugin.TiffImageFile) and 282 not in image.tag_v2:
         image.info.pop("dpi", None)  # invented by Pillow
     dpi, gray = _plausible_dpi(image.info.get("dpi")), image.mode in ("1", "L", "LA", "La")
+    lossy = _lossy_compression(image, file)
     if image.mode in ("CMYK", "LAB", "YCbCr"):
         image, profile = _to_srgb(image, profile), None
-    return Photo(_to_array(image, "RGB"), alpha, gray, profile, dpi, notes=notes)
+    return Photo(_to_array(image, "RGB"), alpha, gray, profile, dpi, notes=notes, lossy=lossy)
+
+
+def _lossy_compression(image: Image.Image, file: BinaryIO) -> str:
+    if image.format == "WEBP":  # chunks of a name, a length and data, of which "VP8L" has lossless pixels, and "VP8 " others
+        position, kind = 12, b""
+        while kind not in (b"VP8 ", b"VP8L"):
+            file.seek(position)
+            header = file.read(8)
+            if len(header) < 8:
+                return ""
+            kind, length = header[:4], int.from_bytes(header[4:], "little")
+            position += 24 if kind == b"ANMF" else 8 + length + length % 2  # a frame's place, and then its own chunks
+        return "WEBP" if kind == b"VP8 " else ""
+    return {"MPO": "JPEG"}.get(image.format or "", image.format or "") if image.format in ("JPEG", "MPO", "AVIF", "HEIF") else ""
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

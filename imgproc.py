@@ -193,12 +193,12 @@ def degrade_photo(gt: RGB, upscale_factor: int, random: np.random.Generator) -> 
 
     if happens(PHOTO["blurred"][0]):
         sigmas = random.uniform(*PHOTO["sigma"], 2) * upscale_factor
-        gt = cv2.GaussianBlur(gt, (0, 0), sigmas[0], sigmaY=sigmas[1])
+        gt = np.asarray(cv2.GaussianBlur(gt, (0, 0), sigmas[0], sigmaY=sigmas[1]), np.uint8)
     area, bilinear = PHOTO["resampled"]
     method = random.random()
     if method < area + bilinear:
         size = (gt.shape[1] // upscale_factor, gt.shape[0] // upscale_factor)
-        lr = cv2.resize(gt, size, interpolation=cv2.INTER_AREA if method < area else cv2.INTER_LINEAR)
+        lr: RGB = np.asarray(cv2.resize(gt, size, interpolation=cv2.INTER_AREA if method < area else cv2.INTER_LINEAR), np.uint8)
     else:
         lr = imresize(gt, 1 / upscale_factor)
     if happens(PHOTO["noisy"][0]):
@@ -220,6 +220,36 @@ def compress(image: RGB, kind: str, quality: int, **options: int) -> RGB:
     file = io.BytesIO()
     Image.fromarray(image).save(file, kind, quality=quality, **options)
     return np.asarray(Image.open(file))
+
+
+def noise_level(image: RGB) -> float:
+    """An estimate of the standard deviation of noise, of 255, at the smoothest tenth of the places (Immerkaer 1996; Liu et al. 2012).
+
+    The second difference in both directions leaves nothing of edges and ramps; texture hides in the rougher places.
+    """
+    luma = rgb_to_y(image).astype(np.float32)
+    difference = cv2.filter2D(luma, -1, np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32) / 6)[1:-1, 1:-1]
+    height, width = (size // 8 * 8 for size in difference.shape)
+    if not height or not width:
+        return 0.0
+    squares = np.square(difference[:height, :width]).reshape(height // 8, 8, width // 8, 8).mean((1, 3))
+    return float(np.sqrt(np.quantile(squares, 0.1)))
+
+
+def blockiness(image: RGB) -> float:
+    """How much larger differences of neighbours are across the borders of 8x8 blocks, as JPEG's, than elsewhere; 1: as large.
+
+    The blocks may begin anywhere, as after a crop: the largest of the eight phases counts.
+    """
+    luma = rgb_to_y(image).astype(np.float32)
+    ratios = []
+    for values in (luma, luma.T):
+        if values.shape[1] < 32:
+            return 1.0
+        second = abs(2 * values[:, 1:-2] - values[:, :-3] + values[:, 2:-1] * -2 + values[:, 3:])  # a step, but no ramp
+        means = [float(np.minimum(second[:, phase::8], 16).mean()) for phase in range(8)]
+        ratios.append([mean / max(1e-3, (sum(means) - mean) / 7) for mean in means])
+    return float(max(ratios[0]) * max(ratios[1])) ** 0.5
 
 
 # Transparency

@@ -1,30 +1,35 @@
-"""Upscale your own images; no GT images are needed:
+"""Enlarge your own images; no GT images are needed:
 
-python inference.py --input photo.jpg --output large.png            # the light network of this repository
-python inference.py --input photos --output upscaled                # a folder
-python inference.py --input photos --output upscaled --outscale 2.5 --output_format same --existing skip
-python inference.py --model_path results/rcan_x4/best.pth.tar --input photos --output upscaled
+python inference.py photo.jpg                                       # 4 times, into results/inference
+python inference.py photo.jpg holiday -s 2 -o enlarged              # images and folders
+python inference.py holiday -o enlarged --outscale 2.5 --output_format same --existing skip
+python inference.py --model_path results/rcan_x4/best.pth.tar --input photos --output enlarged
 """
 
 import environment  # noqa: F401 (names missing packages)
 
 # isort: split
+from config import answer_help
+from config_inference import InferenceConfig, parse
 
+if __name__ == "__main__":
+    answer_help(parse)
+
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 import image_files
 import imgproc
+import model
 import utils
 import weights
 from config import released_weights
@@ -34,130 +39,183 @@ from runtime import run_script, start_runtime
 from upscaling import upscale
 
 
-@dataclass(frozen=True, kw_only=True)
-class InferenceConfig:
-    input: str  # read this image, or every image in this folder and the folders in it
-    output: str = "results/inference"  # write into this folder, under the inputs' names and folders; for one image also a file's path
-    existing: Literal["refuse", "skip", "overwrite"] = "refuse"  # where a result is already there: stop, leave it, or replace it
-    model_path: str = ""  # load weights of any known layout; empty: this repository's light network
-    upscale_factor: Literal[2, 3, 4, 8] | None = None  # of the light network, None: 4; with model_path it must be that of the file
-    outscale: float | None = None  # multiply the input's size by this, adjusting by bicubic; None: the network's scale
-    output_format: Literal["png", "same", "jpg", "webp", "tif", "bmp"] = "png"  # write this format; same: each input's own
-    quality: int | None = None  # compress JPEG and WebP to this quality, 1 to 100; at 100, WebP is lossless; None: 95
-    self_ensemble: bool = False  # average over the eight flips and rotations of the image (RCAN+); eight times as slow
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # compute in this precision; auto: bf16 where the device is fast at it
-    tile: int = 0  # cut images into tiles of this side, LR pixels, if memory is too small; changes results; 0: whole images
-    tile_overlap: int | None = None  # blend neighbouring tiles over this many LR pixels; None: 32
-
-    def __post_init__(self) -> None:
-        for name in ("input", "output", "model_path"):
-            if getattr(self, name).startswith("~"):
-                raise ValueError(f"{name}={getattr(self, name)!r}: ~ is only replaced by shells, and not here: write the whole path")
-        if self.outscale is not None and not 0 < self.outscale <= 64:
-            raise ValueError(f"outscale={self.outscale} must be greater than 0 and at most 64")
-        if self.quality is not None and not 1 <= self.quality <= 100:
-            raise ValueError(f"quality={self.quality} must be 1 to 100")
-        if self.tile_overlap is not None and not self.tile:
-            raise ValueError(f"tile_overlap={self.tile_overlap} has no effect without tiles: leave it out, or set --tile 256")
-        if self.tile < 0 or self.overlap < 0 or 0 < self.tile <= 2 * self.overlap:
-            raise ValueError(f"tile={self.tile} must be 0, or more than twice tile_overlap={self.overlap}, as in --tile 256")
-
-    @property
-    def overlap(self) -> int:
-        return 32 if self.tile_overlap is None else self.tile_overlap
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """Upscale a file or a folder, print every written path, and list what failed."""
-    config = tyro.cli(InferenceConfig, args=argv, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
-    source, output = Path(config.input), Path(config.output)
-    inputs = find_inputs(source, output)
-    targets = plan_outputs(inputs, source, output, config.output_format)
+    """Enlarge images, say what will happen and what has, and list what failed."""
+    begin = time.monotonic()
+    config = parse(argv)
+    output = Path(config.output)
+    inputs = find_inputs([Path(path) for path in (*config.images, *config.input)], output)
+    targets = plan_outputs(inputs, output, config.output_format)
     if config.quality is not None and {"JPEG", "WEBP"}.isdisjoint(FORMATS[path.suffix.lower()] for path in targets.values()):
         raise ValueError(
             f"quality={config.quality} has no effect, as no result is JPEG or WebP: leave it out, or choose another output_format"
         )
-    if source.is_dir() and (others := image_files.passed_over(source, nested=True)):
-        print(others)
-    inputs = keep_existing(targets, config.existing)
-    if not inputs:
+    waiting = keep_existing(targets, config.existing)
+    if not waiting:
         return
     for folder in {path.parent for path in targets.values()}:
         check_folder(folder)
-    runtime = start_runtime(alone=True)
-    path = Path(config.model_path) if config.model_path else released_weights(config.upscale_factor or 4)
-    network = weights.load(path)
-    if config.upscale_factor not in (None, network.upscale_factor):
-        raise ValueError(
-            f"upscale_factor={config.upscale_factor}, but {path} enlarges {network.upscale_factor} times: leave upscale_factor out, choose "
-            "other weights, or set --outscale for another size of the results"
-        )
-    network = network.to(runtime.device)
-    precision = utils.choose_precision(config.precision, runtime.device)
-    print(f"{weights.describe(network)}; computing in {precision}")
+    enlargers = Enlargers(config)
+    sizes = {file: size for file in waiting if (size := _area(file))}
+    speed = enlargers.seconds_per_pixel()
+    many = f"{len(waiting)} images" if len(waiting) > 1 else waiting[0].name
+    device = {"cpu": "the CPU", "cuda": "the GPU"}.get(enlargers.device.type, enlargers.device.type)
+    factor = config.outscale or enlargers.scale
+    print(f"enlarging {many} {factor:g} times on {device}, about {_duration(speed * sum(sizes.values()))}", flush=True)
     if config.tile:
         print(f"tiles of {config.tile} pixels: the network's attention averages over a tile, so results differ from those of whole images")
-
-    def enlarge(image: NDArray) -> NDArray:
-        return upscale(network, image, config.self_ensemble, precision=precision, tile=config.tile, tile_overlap=config.overlap)
-
-    failed = []
-    bar = tqdm(upscale_files(inputs, targets, enlarge, network.upscale_factor, config), "upscaling", len(inputs), unit="image")
-    for file, written in bar:
-        try:
-            bar.write("\n    ".join([str(targets[file].absolute()), *written.result()]))
-        except (ValueError, OSError, MemoryError) as error:  # the remaining files are still processed
-            problem = explain(error) if isinstance(error, OSError) else str(error) or "too little memory; free some, or set --tile 256"
-            failed.append(problem if str(file) in problem else f"{file}: {problem}")
+    failed, done = [], 0
+    with tqdm(total=sum(sizes.values()), bar_format="{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left", leave=False) as bar:
+        for file, written in upscale_files(waiting, targets, enlargers, bar.update, config):
+            try:
+                bar.write("\n    ".join([str(targets[file].absolute()), *written.result()]))
+            except (ValueError, OSError, MemoryError) as error:  # the remaining files are still processed
+                problem = explain(error) if isinstance(error, OSError) else str(error) or "too little memory; free some, or set --tile 256"
+                failed.append(problem if str(file) in problem else f"{file}: {problem}")
+            done += sizes.get(file, 0)
+            bar.update(done - bar.n)
+    count = len(waiting) - len(failed)
+    print(f"{count} {'image' if count == 1 else 'images'} in {_duration(time.monotonic() - begin)}")
     if failed:
         listed = "".join(f"\n    {problem}" for problem in failed)
-        raise ValueError(f"{len(failed)} of {len(inputs)} images failed:{listed}" if len(inputs) > 1 else failed[0])
+        raise ValueError(f"{len(failed)} of {len(waiting)} images failed:{listed}" if len(waiting) > 1 else failed[0])
+
+
+def _area(file: Path) -> int:
+    """Pixels, from the header; 0 where it can't be read, which reading the pixels will report."""
+    try:
+        height, width = image_files.image_size(file)
+    except (ValueError, OSError):
+        return 0
+    return height * width
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+
+
+# Networks
+
+
+class Enlargers:
+    """Enlarges images by the network that fits them; weights are loaded when the first image needs them."""
+
+    NOISE, BLOCKINESS = 2.5, 1.2  # beyond which lossless images are taken as photographs (docs/images.md)
+
+    def __init__(self, config: InferenceConfig) -> None:
+        self.config = config
+        self.device = start_runtime(alone=True).device
+        self.precision = utils.choose_precision(config.precision, self.device)
+        self.scale: int = config.upscale_factor or 4
+        self.networks: dict[str, model.RCAN] = {}
+        self.has_photo = released_weights(self.scale, "photo").is_file()
+        if config.weights == "photo" and not self.has_photo:
+            raise ValueError(
+                f"weights='photo' lacks {released_weights(self.scale, 'photo')}: set another upscale_factor, or --weights clean"
+            )
+        if config.model_path:
+            self.scale = self.network("").upscale_factor
+        if config.upscale_factor not in (None, self.scale):
+            raise ValueError(
+                f"upscale_factor={config.upscale_factor}, but {config.model_path} enlarges {self.scale} times: leave upscale_factor out, "
+                "choose other weights, or set --outscale for another size of the results"
+            )
+
+    def network(self, kind: str) -> model.RCAN:
+        """The network of `model_path` for "", or this repository's "clean" or "photo"."""
+        if kind not in self.networks:
+            path = released_weights(self.scale, kind) if kind else Path(self.config.model_path)
+            self.networks[kind] = weights.load(path).to(self.device)
+            if self.config.verbose:
+                print(f"{weights.describe(self.networks[kind])}; computing in {self.precision}")
+        return self.networks[kind]
+
+    def choose(self, photo: Photo) -> tuple[str, str]:
+        """The kind of weights for an image, and why, in words."""
+        if self.config.model_path or self.config.weights != "auto" or not self.has_photo:
+            return "" if self.config.model_path else {"auto": "clean"}.get(self.config.weights, self.config.weights), ""
+        pixels = photo.pixels if photo.bits == 8 else np.round(photo.pixels / 257).astype(np.uint8)
+        if photo.lossy:
+            return "photo", f"photo weights, as it is compressed ({photo.lossy}); --weights clean takes the others"
+        if (blockiness := imgproc.blockiness(pixels)) > self.BLOCKINESS:
+            return "photo", f"photo weights, as blocks of JPEG are seen ({blockiness:.1f}); --weights clean takes the others"
+        if (noise := imgproc.noise_level(pixels)) > self.NOISE:
+            return "photo", f"photo weights, as it is noisy ({noise:.1f}); --weights clean takes the others"
+        return "clean", "clean weights, as neither noise nor compression is seen; --weights photo takes the others"
+
+    def enlarge(self, kind: str, image: NDArray, progress: Callable[[float], object] | None = None) -> NDArray:
+        config = self.config
+        return upscale(
+            self.network(kind), image, config.self_ensemble,
+            precision=self.precision, tile=config.tile, tile_overlap=config.overlap, progress=progress,
+        )  # fmt: skip
+
+    def seconds_per_pixel(self) -> float:
+        """Of the input, measured on small images of noise."""
+        kind = "" if self.config.model_path else "photo" if self.config.weights != "clean" and self.has_photo else "clean"
+        seconds, side = 0.0, 16
+        while seconds < 0.05 and side < 512:  # the first one is slower
+            side *= 2
+            image = np.zeros((side, side, 3), np.uint8)
+            start = time.monotonic()
+            self.enlarge(kind, image)
+            seconds = time.monotonic() - start if side > 32 else 0
+        return seconds / side**2
 
 
 # Files
 
 
-def find_inputs(path: Path, output: Path) -> list[Path]:
-    """The image, or all images in the folder and the folders in it, except hidden ones and those in `output`.
+def find_inputs(sources: Sequence[Path], output: Path) -> dict[Path, Path]:
+    """Each image, and where it lies in the folder that was named: all images in folders, except hidden ones and those in `output`.
 
     Raises:
         FileNotFoundError: there is no such path, or no image in the folder.
     """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such file or folder; give an image or a folder of images with --input")
-    results = output.resolve() if output.resolve() != path.resolve() else None
-    found = [file for file in list_images(path, nested=True) if results is None or not file.parent.resolve().is_relative_to(results)]
-    if not found:
-        others = image_files.passed_over(path, nested=True)
-        known = ", ".join(IMAGE_SUFFIXES)
-        raise FileNotFoundError(f"{path.absolute()}: no image in it; known endings are {known}{f'; {others}' if others else ''}")
-    return found
+    inputs: dict[Path, Path] = {}
+    for source in sources:
+        if source.is_file():
+            inputs.setdefault(source, Path())
+            continue
+        if not source.is_dir():
+            raise FileNotFoundError(f"{source}: no such file or folder; name images or folders of images")
+        results = output.resolve() if output.resolve() != source.resolve() else None
+        found = [file for file in list_images(source, nested=True) if not results or not file.parent.resolve().is_relative_to(results)]
+        others = image_files.passed_over(source, nested=True)
+        if not found:
+            known = ", ".join(IMAGE_SUFFIXES)
+            raise FileNotFoundError(f"{source.absolute()}: no image in it; known endings are {known}{f'; {others}' if others else ''}")
+        if others:
+            print(others)
+        for file in found:
+            inputs.setdefault(file, file.parent.relative_to(source))
+    return inputs
 
 
-def plan_outputs(inputs: Sequence[Path], root: Path, folder: Path, output_format: str) -> dict[Path, Path]:
+def plan_outputs(inputs: Mapping[Path, Path], folder: Path, output_format: str) -> dict[Path, Path]:
     """The path of each result: the name and folder of its input, or `folder` itself if it is the path of an image, for one input.
 
     Inputs that would share a path keep their endings in the name. With "same", formats that aren't written become PNG.
+
+    Args:
+        inputs: as `find_inputs` returns them.
 
     Raises:
         ValueError: a result would overwrite an input or another result, or its format can't be written.
     """
 
     def target(file: Path, name: str) -> Path:
-        nested = file.parent.relative_to(root) if root.is_dir() else Path()
         own = file.suffix.lower() if file.suffix.lower() in FORMATS else ".png"
-        return folder / nested / f"{name}{own if output_format == 'same' else f'.{output_format}'}"
+        return folder / inputs[file] / f"{name}{own if output_format == 'same' else f'.{output_format}'}"
 
     if folder.suffix.lower() in (*IMAGE_SUFFIXES, ".heic", ".heif") and not folder.is_dir():
-        if root.is_dir():
-            raise ValueError(f"output={str(folder)!r} is the name of one image, but {root} is a folder: give a folder with --output")
+        if len(inputs) > 1:
+            raise ValueError(f"output={str(folder)!r} is the name of one image, but {len(inputs)} are to be enlarged: name a folder")
         if folder.suffix.lower() not in FORMATS:
             raise ValueError(f"output={str(folder)!r}: {folder.suffix} can't be written; choose {', '.join(FORMATS)}")
         if output_format not in ("png", "same") and FORMATS[folder.suffix.lower()] != FORMATS[f".{output_format}"]:
             raise ValueError(f"output={str(folder)!r} contradicts output_format={output_format!r}: leave one out")
-        targets = {inputs[0]: folder}
+        targets = dict.fromkeys(inputs, folder)
     else:
         shared = Counter(str(target(file, file.stem)).lower() for file in inputs)  # some systems don't tell A from a
         targets = {file: target(file, file.stem) for file in inputs}
@@ -199,11 +257,18 @@ Notes = list[str]
 
 
 def upscale_files(
-    inputs: Sequence[Path], targets: Mapping[Path, Path], enlarge: Callable[[NDArray], NDArray], scale: int, config: InferenceConfig
+    inputs: Sequence[Path],
+    targets: Mapping[Path, Path],
+    enlargers: Enlargers,
+    advance: Callable[[float], object],
+    config: InferenceConfig,
 ) -> Iterator[tuple[Path, Future[Notes]]]:
-    """Each image with the notes for the user, or the error, that its upscaling ends with.
+    """Each input, and how it ended: notes for the user, or an error.
 
     While the network computes, the image before is written and the image after is read.
+
+    Args:
+        advance: called with the pixels of the input that the network is done with.
     """
     with ThreadPoolExecutor(2) as pool:
         before: list[tuple[Path, Future[Notes]]] = []
@@ -214,7 +279,7 @@ def upscale_files(
                 following = pool.submit(read_photo, inputs[index + 1])
             written: Future[Notes] = Future()
             try:
-                result, notes = upscale_photo(photo.result(), targets[file].suffix, enlarge, scale, config)
+                result, notes = upscale_photo(photo.result(), targets[file].suffix, enlargers, advance, config)
                 written = pool.submit(_write, targets[file], result, config.quality or 95, notes)
                 if result.pixels.nbytes > MANY_BYTES:
                     wait([written])
@@ -236,18 +301,21 @@ def _write(target: Path, result: Photo, quality: int, notes: Notes) -> Notes:
 
 
 def upscale_photo(
-    photo: Photo, suffix: str, enlarge: Callable[[NDArray], NDArray], scale: int, config: InferenceConfig
+    photo: Photo, suffix: str, enlargers: Enlargers, advance: Callable[[float], object], config: InferenceConfig
 ) -> tuple[Photo, Notes]:
     """The photo for a file with this ending, and notes and warnings for the user."""
     height, width = photo.pixels.shape[:2]
-    factor = config.outscale or scale
+    factor = config.outscale or enlargers.scale
     size = (max(1, round(height * factor)), max(1, round(width * factor)))
-    notes = [f"note: {note}" for note in (*photo.notes, *check_writable(photo, suffix, size))]
-    if factor > scale:
-        notes.append(f"note: larger than the network's x{scale}; the rest is bicubic")
+    kind, why = enlargers.choose(photo)
+    notes = [f"{width}x{height} to {size[1]}x{size[0]}{f', {why}' if why else ''}"]
+    notes += [f"note: {note}" for note in (*photo.notes, *check_writable(photo, suffix, size))]
+    if factor > enlargers.scale:
+        notes.append(f"note: larger than the network's x{enlargers.scale}; the rest is bicubic")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        result = enlarge_photo(photo, enlarge, size)
+        warnings.filterwarnings("ignore", module=r"(PIL|tifffile)\.")  # of the image that is read meanwhile
+        result = enlarge_photo(photo, lambda image: enlargers.enlarge(kind, image, lambda part: advance(part * height * width)), size)
     return result, notes + [f"warning: {warning.message}" for warning in caught]
 
 

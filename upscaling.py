@@ -42,6 +42,7 @@ def upscale(
     strip_rows: int | None = None,
     tile: int = 0,
     tile_overlap: int = 32,
+    progress: Callable[[float], object] | None = None,
 ) -> NDArray:
     """Upscale an image.
 
@@ -54,6 +55,7 @@ def upscale(
             as many are tried, with a warning, down to `MIN_ROWS`.
         tile: side of the tiles, in LR pixels, that the image is cut into, blended over `tile_overlap` pixels; 0: none. The attention
             averages over each tile, so the result is not that of the whole image.
+        progress: called, while strips or tiles are computed, with the part of the work that was done since the last call.
 
     Raises:
         ValueError: the network's output is not finite, or the image doesn't fit into memory.
@@ -61,7 +63,9 @@ def upscale(
     precision = "fp32" if lr.dtype == np.uint16 else precision
     while True:
         try:
-            return _upscale(network, lr, self_ensemble, PRECISIONS[precision], strip_rows=strip_rows, tile=tile, tile_overlap=tile_overlap)
+            return _upscale(
+                network, lr, self_ensemble, PRECISIONS[precision], strip_rows, tile, tile_overlap, progress or (lambda part: None)
+            )
         except _NotFiniteError:
             if precision == "fp32":
                 raise ValueError(
@@ -110,7 +114,14 @@ def _values_while_enlarging(network: model.RCAN) -> int:
 
 @torch.inference_mode()
 def _upscale(
-    network: nn.Module, lr: NDArray, self_ensemble: bool, dtype: torch.dtype, *, strip_rows: int | None, tile: int, tile_overlap: int
+    network: nn.Module,
+    lr: NDArray,
+    self_ensemble: bool,
+    dtype: torch.dtype,
+    strip_rows: int | None,
+    tile: int,
+    tile_overlap: int,
+    progress: Callable[[float], object],
 ) -> NDArray:
     device = next(network.parameters()).device
     peak = np.iinfo(lr.dtype).max
@@ -119,10 +130,14 @@ def _upscale(
     if isinstance(network, model.RCAN) and dtype != torch.float32:
         network = _reduced(network, dtype)
 
+    def advance(part: float) -> None:
+        progress(part / 8 if self_ensemble else part)
+
     def strips(x: Tensor) -> Strips:
         width = min(tile or x.shape[3], x.shape[3])  # in this orientation
         rows = strip_rows or _affordable_rows(network, width)
-        parts = _tiles(network, x, rows, tile, tile_overlap) if 0 < tile < max(x.shape[2:]) else _strips(network, x, rows)
+        is_tiled = 0 < tile < max(x.shape[2:])
+        parts = _tiles(network, x, rows, tile, tile_overlap, advance) if is_tiled else _strips(network, x, rows, advance)
         for top, strip in parts:
             if not torch.isfinite(strip).all():
                 raise _NotFiniteError
@@ -184,12 +199,16 @@ def _round(values: Tensor, peak: int) -> Tensor:
 # In strips
 
 
-def _strips(network: nn.Module, x: Tensor, rows: int) -> Strips:
-    """The output of `network(x)`, from `rows` LR rows at a time."""
+def _strips(network: nn.Module, x: Tensor, rows: int, advance: Callable[[float], None]) -> Strips:
+    """The output of `network(x)`, from `rows` LR rows at a time; `advance` is called with parts of the work that add up to 1."""
     if rows >= x.shape[2] or not isinstance(network, model.RCAN):
         yield 0, network(x)
+        advance(1)
         return
-    trunk = _trunk(network, x, rows)
+    channels = network.arguments["channels"]
+    work = sum(weight.numel() for weight in network.trunk.parameters())  # multiplications for each LR pixel, as those of the tail
+    share = work / (work + 9 * channels * (_values_while_enlarging(network) + 2 * channels))
+    trunk = _trunk(network, x, rows, lambda part: advance(part * share))
     for top, bottom in _cuts(x.shape[2], rows):
         above, below = max(0, top - _TAIL_REACH), min(x.shape[2], bottom + _TAIL_REACH)
         part = x[:, :, above:below]
@@ -197,12 +216,13 @@ def _strips(network: nn.Module, x: Tensor, rows: int) -> Strips:
         sr = network.enlarge(deep) + network.mean
         scale = network.upscale_factor
         yield top * scale, sr[:, :, (top - above) * scale : (bottom - above) * scale]
+        advance((bottom - top) / x.shape[2] * (1 - share))
 
 
 _TAIL_REACH = 3  # LR rows: conv2 looks 1 far, the steps of the upsampler 1 + 1/2 + 1/4, conv3 1/8 at x8; less at other scales
 
 
-def _trunk(network: model.RCAN, x: Tensor, rows: int) -> Tensor:
+def _trunk(network: model.RCAN, x: Tensor, rows: int, advance: Callable[[float], None]) -> Tensor:
     """The output of the residual groups, with two feature maps in memory, and the input of a group as well if it is small."""
     rows = max(1, rows * _values_while_enlarging(network) // network.arguments["channels"] // 2)  # as many values as while enlarging
     features = _by_rows(network.shallow_features, x, rows, reach=1)  # (1, C, h, w)
@@ -217,6 +237,7 @@ def _trunk(network: model.RCAN, x: Tensor, rows: int) -> Tensor:
                 residual.mul_(gate(residual))
             features = residual.add_(features)
             del residual  # or the next block would find a third map in memory
+            advance(1 / len(network.trunk) / len(blocks))
         features = start.add_to(_by_rows(last, features, rows, reach=1))
     return features
 
@@ -285,16 +306,17 @@ def _cuts(size: int, step: int) -> Iterator[tuple[int, int]]:
 # In tiles
 
 
-def _tiles(network: nn.Module, x: Tensor, rows: int, tile: int, overlap: int) -> Strips:
+def _tiles(network: nn.Module, x: Tensor, rows: int, tile: int, overlap: int, advance: Callable[[float], None]) -> Strips:
     """Tiles that are computed independently and blended where they overlap; a row of tiles at a time."""
     height, width = (min(tile, size) for size in x.shape[2:])
     tops, lefts = _starts(x.shape[2], height, overlap), _starts(x.shape[3], width, overlap)
+    count = len(tops) * len(lefts)
     band, scale = None, 1
     for index, top in enumerate(tops):
         row = torch.empty(0)
         for column, left in enumerate(lefts):
             part = x[:, :, top : top + height, left : left + width]
-            sr = torch.cat([strip.float() for _, strip in _strips(network, part, rows)], 2)
+            sr = torch.cat([strip.float() for _, strip in _strips(network, part, rows, lambda part: advance(part / count))], 2)
             if not row.numel():
                 scale = sr.shape[2] // height
                 row = sr.new_zeros(1, 3, sr.shape[2], x.shape[3] * scale)

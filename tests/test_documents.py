@@ -13,12 +13,16 @@ import pytest
 import tyro
 from torch.distributed.run import get_args_parser
 
+import config_inference
 from config import Config, parse
 from config_improved import parse_improved
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), REPOSITORY / "assets" / "weights" / "README.md"])
-PARSERS = {"train.py": partial(parse, Config, "train"), "test.py": partial(parse, Config, "test"), "train_improved.py": parse_improved}
+PARSERS = {
+    "train.py": partial(parse, Config, "train"), "test.py": partial(parse, Config, "test"), "train_improved.py": parse_improved,
+    "inference.py": config_inference.parse,
+}  # fmt: skip
 
 
 def prose(document: Path) -> str:
@@ -83,7 +87,7 @@ def test_documented_commands_parse(words, pytestconfig, monkeypatch):
 
 
 def test_commands_of_every_kind_are_found():
-    assert {*itertools.chain(*COMMANDS)} >= {*PARSERS, "inference.py", "scripts/quickstart.sh", "scripts/run_tests.sh", "--kills"}
+    assert {*itertools.chain(*COMMANDS)} >= {*PARSERS, "scripts/quickstart.sh", "scripts/run_tests.sh", "--kills"}
 
 
 def anchors(document: Path) -> list[str]:

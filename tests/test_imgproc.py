@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import skimage.data
 from pytest import approx
 from skimage.metrics import structural_similarity
 
@@ -195,6 +196,25 @@ def test_degrade_refuses_odd_sizes_and_unknown_names():
         degrade(gray(0), 3)
     with pytest.raises(ValueError, match="'XX'"):
         degrade(gray(0), 2, "XX")
+
+
+def test_noise_is_estimated_and_edges_and_ramps_are_not_noise():
+    ramp = np.clip(np.indices((160, 160)).sum(0), 0, 255).astype(np.uint8)[..., None].repeat(3, 2)
+    ramp[:, 80:] //= 3  # an edge
+    assert imgproc.noise_level(ramp) < 0.3
+    for sigma in (4, 12):
+        noise = np.random.default_rng(0).normal(0, sigma, (160, 160, 1)).repeat(3, 2)
+        found = imgproc.noise_level(np.clip(ramp // 2 + 64 + noise, 0, 255).astype(np.uint8))
+        assert 0.6 * sigma * 219 / 255 < found < sigma  # of luma, and of the smoothest places
+    assert imgproc.noise_level(gray(3, 5, 9)) == 0
+
+
+@pytest.mark.parametrize("phase", [0, 3])
+def test_blocks_are_seen_wherever_they_begin(phase):
+    image = skimage.data.astronaut()[:160, :160]
+    seen = [imgproc.blockiness(imgproc.compress(image, "JPEG", quality)[phase:, phase:]) for quality in (30, 60)]
+    assert seen[0] > seen[1] > 1.15 > imgproc.blockiness(image) >= 1
+    assert imgproc.blockiness(gray(3, 5, 9)) == 1
 
 
 # Metrics

@@ -4,10 +4,13 @@ import errno
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+import skimage.data
+from PIL import Image, ImageCms, features
 
 import image_files
 import imgproc
@@ -137,16 +140,20 @@ def test_folders_names_and_formats_are_kept(tmp_path, run, capsys):
 
 def test_inputs_of_one_name_keep_their_endings_and_nothing_is_overwritten(tmp_path):
     files = [tmp_path / name for name in ("a.jpg", "a.png", "b.png")]
-    targets = inference.plan_outputs(files, tmp_path, tmp_path / "out", "png")
+
+    def plan(files, folder, output_format):
+        return inference.plan_outputs(dict.fromkeys(files, Path()), folder, output_format)
+
+    targets = plan(files, tmp_path / "out", "png")
     assert [target.name for target in targets.values()] == ["a.jpg.png", "a.png.png", "b.png"]
     with pytest.raises(ValueError, match=r"a\.png\.tif and .*a\.png .*a\.png\.png"):
-        inference.plan_outputs([*files, tmp_path / "a.png.tif"], tmp_path, tmp_path / "out", "png")
+        plan([*files, tmp_path / "a.png.tif"], tmp_path / "out", "png")
     gif = tmp_path / "x.gif"
-    assert inference.plan_outputs([gif], gif, tmp_path / "out", "same") == {gif: tmp_path / "out/x.png"}  # GIF is not written
+    assert plan([gif], tmp_path / "out", "same") == {gif: tmp_path / "out/x.png"}  # GIF is not written
     with pytest.raises(ValueError, match=r"a\.png"):
-        inference.plan_outputs(files[1:], tmp_path, tmp_path, "png")
+        plan(files[1:], tmp_path, "png")
     with pytest.raises(ValueError, match=r"a\.jpg"):
-        inference.plan_outputs(files, tmp_path, tmp_path, "same")
+        plan(files, tmp_path, "same")
 
 
 def test_what_is_lost_is_noted(tmp_path, run, capsys):
@@ -162,6 +169,67 @@ def test_quality_is_that_of_the_files(tmp_path, run):
     for quality in (20, 95):
         run("--input", tmp_path / "a.png", "--output", tmp_path / str(quality), "--output_format", "jpg", "--quality", quality)
     assert 2 * (tmp_path / "20/a.jpg").stat().st_size < (tmp_path / "95/a.jpg").stat().st_size
+
+
+# The command line, and what it says
+
+
+def test_several_images_and_folders_by_position(tmp_path, run, capsys):
+    for name in ("a.png", "in/b.png", "in/sub/c.png", "d.png"):
+        write_image(tmp_path / name, drawn_image(6, 7))
+    run("-s", 2, "-o", tmp_path / "out", tmp_path / "a.png", tmp_path / "in", "--input", tmp_path / "d.png", tmp_path / "in" / "b.png")
+    assert written(tmp_path / "out") == ["a.png", "b.png", "d.png", "sub/c.png"]
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert "4 images 2 times" in first and "4 images in" in last
+
+
+def test_the_estimate_is_of_the_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(inference.time, "monotonic", lambda clock=[0.0]: clock[0])
+    passed = inference.time.monotonic.__defaults__[0]
+    monkeypatch.setattr(inference, "upscale", lambda network, lr, *_, **options: passed.__setitem__(0, passed[0] + lr[..., 0].size / 1e5))
+    assert inference.Enlargers(inference.InferenceConfig(images=("a",))).seconds_per_pixel() == pytest.approx(1e-5)
+
+
+def damaged(kind):
+    photo = Photo(skimage.data.astronaut()[:192, :192])
+    if kind == "noisy":
+        noise = np.random.default_rng(0).normal(0, 8, photo.pixels.shape)
+        return replace(photo, pixels=np.clip(photo.pixels + noise, 0, 255).astype(np.uint8))
+    if kind == "blocks":
+        return replace(photo, pixels=imgproc.compress(photo.pixels, "JPEG", 40)[3:, 5:])
+    return replace(photo, pixels=photo.pixels.astype(np.uint16) * 257) if kind == "16 bits" else photo
+
+
+@pytest.mark.parametrize(("kind", "chosen"), [("clean", "clean"), ("16 bits", "clean"), ("noisy", "photo"), ("blocks", "photo")])
+def test_weights_are_chosen_by_what_the_pixels_are(kind, chosen):
+    for weights_, expected in (("auto", chosen), ("clean", "clean"), ("photo", "photo")):
+        enlargers = inference.Enlargers(inference.InferenceConfig(images=("a",), weights=weights_))
+        found, why = enlargers.choose(damaged(kind))
+        assert found == expected and bool(why) == (weights_ == "auto")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "lossy"),
+    [("a.jpg", {}, "JPEG"), ("a.webp", {}, "WEBP"), ("a.webp", {"lossless": True}, ""), ("a.png", {}, ""), ("a.avif", {}, "AVIF")],
+)
+@pytest.mark.parametrize("profile", [None, SRGB])
+def test_lossy_files_are_recognised(tmp_path, name, options, lossy, profile):
+    if name.endswith("avif") and not features.check("avif"):
+        pytest.skip("Pillow without AVIF")
+    Image.fromarray(RGB).save(tmp_path / name, **options, **({"icc_profile": profile} if profile else {}))
+    assert read_photo(tmp_path / name).lossy == lossy
+
+
+def test_lossy_animations_are_recognised(tmp_path):
+    frames = [Image.fromarray(image) for image in (RGB, RGB[::-1])]
+    for lossless in (False, True):
+        frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=lossless)
+        assert read_photo(tmp_path / "a.webp").lossy == ("" if lossless else "WEBP")
+
+
+def test_photo_weights_that_are_absent_are_refused(run):
+    with pytest.raises(ValueError, match="rcan_light_photo_x8"):
+        inference.Enlargers(inference.InferenceConfig(images=("a",), weights="photo", upscale_factor=8))
 
 
 # Mistakes

@@ -248,6 +248,14 @@ def test_a_full_folder_for_temporary_files_is_named(monkeypatch):
         upscale(tiny(3), drawn_image(31, 22), strip_rows=5)
 
 
+@pytest.mark.parametrize("options", [{}, {"strip_rows": 5}, {"tile": 16, "tile_overlap": 4}, {"strip_rows": 4, "self_ensemble": True}])
+def test_parts_of_the_progress_add_up_to_the_whole(options):
+    parts = []
+    upscale(tiny(2), drawn_image(31, 22), **options, progress=parts.append)
+    assert sum(parts) == pytest.approx(1) and min(parts) > 0
+    assert len(parts) >= (10 if "strip_rows" in options else len(options))
+
+
 # Tiles
 
 
