@@ -57,15 +57,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_folder(folder)
     enlargers = Enlargers(config)
     sizes = {file: size for file in waiting if (size := _area(file))}
-    speed = enlargers.seconds_per_pixel()
+    seconds = enlargers.seconds_per_pixel() * sum(sizes.values())
     many = f"{len(waiting)} images" if len(waiting) > 1 else waiting[0].name
     device = {"cpu": "the CPU", "cuda": "the GPU"}.get(enlargers.device.type, enlargers.device.type)
-    factor = config.outscale or enlargers.scale
-    print(f"enlarging {many} {factor:g} times on {device}, about {_duration(speed * sum(sizes.values()))}", flush=True)
+    print(f"enlarging {many} {config.outscale or enlargers.scale:g} times on {device}, about {_duration(seconds)}", flush=True)
     if config.tile:
         print(f"tiles of {config.tile} pixels: the network's attention averages over a tile, so results differ from those of whole images")
     failed, done = [], 0
     with tqdm(total=sum(sizes.values()), bar_format="{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left", leave=False) as bar:
+        enlargers.say = bar.write
         for file, written in upscale_files(waiting, targets, enlargers, bar.update, config):
             try:
                 bar.write("\n    ".join([str(targets[file].absolute()), *written.result()]))
@@ -101,9 +101,12 @@ class Enlargers:
     """Enlarges images by the network that fits them; weights are loaded when the first image needs them."""
 
     NOISE, BLOCKINESS = 2.5, 1.2  # beyond which lossless images are taken as photographs (docs/images.md)
+    JUDGED = 1024  # pixels; side of the middle part of an image that is judged
 
     def __init__(self, config: InferenceConfig) -> None:
         self.config = config
+        self.say: Callable[[str], object] = print
+        self.speed = 0.0  # seconds for each pixel of the input
         self.device = start_runtime(alone=True).device
         self.precision = utils.choose_precision(config.precision, self.device)
         self.scale: int = config.upscale_factor or 4
@@ -134,7 +137,9 @@ class Enlargers:
         """The kind of weights for an image, and why, in words."""
         if self.config.model_path or self.config.weights != "auto" or not self.has_photo:
             return "" if self.config.model_path else {"auto": "clean"}.get(self.config.weights, self.config.weights), ""
-        pixels = photo.pixels if photo.bits == 8 else np.round(photo.pixels / 257).astype(np.uint8)
+        top, left = (max(0, (side - self.JUDGED) // 2) for side in photo.pixels.shape[:2])
+        pixels = photo.pixels[top:, left:][: self.JUDGED, : self.JUDGED]
+        pixels = pixels if photo.bits == 8 else np.round(pixels / 257).astype(np.uint8)
         if photo.lossy:
             return "photo", f"photo weights, as it is compressed ({photo.lossy}); --weights clean takes the others"
         if (blockiness := imgproc.blockiness(pixels)) > self.BLOCKINESS:
@@ -160,7 +165,8 @@ class Enlargers:
             start = time.monotonic()
             self.enlarge(kind, image)
             seconds = time.monotonic() - start if side > 32 else 0
-        return seconds / side**2
+        self.speed = seconds / side**2
+        return self.speed
 
 
 # Files
@@ -279,6 +285,9 @@ def upscale_files(
                 following = pool.submit(read_photo, inputs[index + 1])
             written: Future[Notes] = Future()
             try:
+                height, width = photo.result().pixels.shape[:2]
+                if (seconds := enlargers.speed * height * width) > LONG and len(inputs) > 1:
+                    enlargers.say(f"{file.name}, {width}x{height}: about {_duration(seconds)}")
                 result, notes = upscale_photo(photo.result(), targets[file].suffix, enlargers, advance, config)
                 written = pool.submit(_write, targets[file], result, config.quality or 95, notes)
                 if result.pixels.nbytes > MANY_BYTES:
@@ -292,6 +301,7 @@ def upscale_files(
         yield from before
 
 
+LONG = 10  # seconds, beyond which an image of several is announced
 MANY_BYTES = 2**28  # no further image is computed while one as large waits in memory
 
 
