@@ -6,10 +6,12 @@ from typing import Annotated, Literal
 
 import tyro
 
+Images = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="IMAGE ...")]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceConfig:
-    images: tyro.conf.Positional[tuple[str, ...]] = ()  # images, and folders of images; their folders are read too
+    images: Images = ()  # images, and folders of images, which are searched with the folders in them
     input: tuple[str, ...] = ()  # the same, as an option
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "results/inference"  # folder of the results; for one image also its path
     upscale_factor: Annotated[Literal[2, 3, 4, 8] | None, tyro.conf.arg(aliases=["-s"])] = None  # None: 4, or that of model_path
