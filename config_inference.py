@@ -7,14 +7,16 @@ from typing import Annotated, Literal
 import tyro
 
 Images = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="IMAGE ...")]]
+Output = Annotated[str, tyro.conf.arg(aliases=["-o"])]
+Factor = Annotated[Literal[2, 3, 4, 8] | None, tyro.conf.arg(aliases=["-s"])]
 
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceConfig:
     images: Images = ()  # images, and folders of images, which are searched with the folders in them
     input: tuple[str, ...] = ()  # the same, as an option
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "results/inference"  # folder of the results; for one image also its path
-    upscale_factor: Annotated[Literal[2, 3, 4, 8] | None, tyro.conf.arg(aliases=["-s"])] = None  # None: 4, or that of model_path
+    output: Output = "results/inference"  # write into this folder; for one image also the path of the result
+    upscale_factor: Factor = None  # enlarge as many times; None: 4, or what model_path was trained for
     outscale: float | None = None  # multiply the input's size by this, adjusting by bicubic; None: the network's scale
     weights: Literal["auto", "clean", "photo"] = "auto"  # photo: for compressed or noisy images; auto: by what each image is
     model_path: str = ""  # load weights of any known layout instead of this repository's
