@@ -69,7 +69,7 @@ class Config:
 
     # Optimizer
     batch_size: int = 16  # patches in an update, on all devices together (paper: 16)
-    optimizer: Literal["adam", "muon"] = "adam"  # muon: learns faster per update (its peak learning rate: about 1e-3) (paper: adam)
+    optimizer: Literal["adam", "muon"] = "adam"  # muon: learns faster per update, at a learning_rate of about 1e-3 (paper: adam)
     learning_rate: float = 1e-4  # learning rate at its peak (paper: 1e-4)
     adam_betas: tuple[float, float] = (0.9, 0.999)  # Adam's decay of the gradient's mean and square (paper: 0.9 0.999)
     schedule: Literal["step", "cosine"] = "step"  # step: halve the learning rate every halve_every; cosine: down to 0 (paper: step)

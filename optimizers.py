@@ -13,7 +13,7 @@ from config import Config
 def build_optimizer(network: nn.Module, config: Config) -> torch.optim.Optimizer:
     """The optimizer that `config.optimizer` names.
 
-    Muon moves the 3x3 convolutions, nearly all of RCAN's weights; Adam moves the one to RGB, attention and biases.
+    Muon moves the 3x3 convolutions but the last, nearly all of RCAN's weights; Adam moves the one to RGB, attention and biases.
     """
     learning = [weight for weight in network.parameters() if weight.requires_grad]
     if config.optimizer == "adam":
