@@ -168,6 +168,12 @@ class RunLog:
         if self.enabled:
             self._board.add_image(name, image, update, dataformats="HWC")
 
+    def table(self, update: int, name: str, values: Mapping[str, Any]) -> None:
+        """Names and values as a text in TensorBoard."""
+        if self.enabled:
+            rows = [[f"`{key}`", f"`{to_json(value)}`".replace("|", "\\|")] for key, value in values.items()]
+            self._board.add_text(name, markdown_table([["name", "value"], *rows]), update)
+
     def say(self, text: str) -> None:
         if self.enabled:
             self._bar.write(text)
