@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -168,6 +169,12 @@ class RunLog:
         if self.enabled:
             self._board.add_image(name, image, update, dataformats="HWC")
 
+    def table(self, update: int, name: str, values: Mapping[str, Any]) -> None:
+        """Names and values as a text in TensorBoard."""
+        if self.enabled:
+            rows = [[f"`{key}`", f"`{to_json(value)}`".replace("|", "\\|")] for key, value in values.items()]
+            self._board.add_text(name, markdown_table([["name", "value"], *rows]), update)
+
     def say(self, text: str) -> None:
         if self.enabled:
             self._bar.write(text)
@@ -196,7 +203,10 @@ def _logged_update(line: str) -> float:
 
 
 class SampleSheet:
-    """The middle of the first three images of a set, as rows of bicubic, SR and GT; `add` is an `on_image` of `evaluate`."""
+    """The middle of the first three images of a set, as labelled rows of bicubic, SR and GT; `add` is an `on_image` of `evaluate`.
+
+    The PSNR in a label is that of the whole image.
+    """
 
     SIDE = 128  # GT pixels
 
@@ -207,13 +217,15 @@ class SampleSheet:
 
     def add(self, name: str, lr: RGB, sr: RGB, gt: RGB) -> None:
         if name in self.names:
-            panels = (imgproc.imresize(lr, self.upscale_factor), sr, gt)
-            self.rows[name] = np.concatenate([self._middle(image) for image in panels], axis=1)
+            panels = {"bicubic": imgproc.imresize(lr, self.upscale_factor), "SR": sr}
+            labelled = {f"{label}  {imgproc.psnr(image, gt, self.upscale_factor):.2f} dB": image for label, image in panels.items()}
+            labelled[f"GT  {name}"] = gt
+            self.rows[name] = np.concatenate([draw_panel(self._middle(image), label) for label, image in labelled.items()], axis=1)
 
     def _middle(self, image: RGB) -> RGB:
         height, width = (min(self.SIDE, size) for size in image.shape[:2])
         top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
-        canvas = np.zeros((self.SIDE, self.SIDE, 3), np.uint8)  # black around a smaller image
+        canvas = np.full((self.SIDE, self.SIDE, 3), 255, np.uint8)  # white around a smaller image
         canvas[:height, :width] = image[top : top + height, left : left + width]
         return canvas
 
@@ -221,6 +233,21 @@ class SampleSheet:
         """The sheet with the rows of all processes; None without images."""
         rows = {name: row for part in runtime.gather(self.rows) for name, row in part.items()}
         return np.concatenate([rows[name] for name in sorted(rows)]) if rows else None
+
+
+def draw_panel(crop: RGB, label: str, zoom: int = 2) -> RGB:
+    """The enlarged crop in a white frame, below its label, of which the end is left out where it is too long."""
+    enlarged = crop.repeat(zoom, 0).repeat(zoom, 1)
+    height, width = enlarged.shape[:2]
+    panel = np.full((26 + height + 4, width + 4, 3), 255, np.uint8)
+    font, size = cv2.FONT_HERSHEY_SIMPLEX, 0.45
+    text, end = label, len(label)
+    while text and cv2.getTextSize(text, font, size, 1)[0][0] > width - 10:
+        end -= 1
+        text = f"{label[:end]}.." if end > 0 else ""
+    cv2.putText(panel, text, (8, 18), font, size, (0, 0, 0), 1, cv2.LINE_AA)
+    panel[26:-4, 2:-2] = enlarged
+    return panel
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -34,6 +34,7 @@ import dataset
 import files
 import graphs
 import image_files
+import imgproc
 import losses
 import model
 import optimizers
@@ -194,6 +195,7 @@ class Run:
     progress: checkpoints.Progress = field(default_factory=checkpoints.Progress)
     saved: int | None = None  # the update after which last.pth.tar was written
     warned: bool = False  # of slow data
+    bicubic: dict[str, float] = field(default_factory=dict)  # its scores by name in the log, which no update changes
 
     def __post_init__(self) -> None:
         self.ema = utils.EMA(self.step.generator, self.config.ema_decay)
@@ -218,6 +220,8 @@ class Run:
         with RunLog(config.experiment_dir, first, config.total_updates, self.runtime.is_main) as log, StopRequest() as stop:
             batches = self._batches(stop)
             log.write(first, {"event": "start", "precision": self.precision, **provenance()})
+            log.table(first, "settings", asdict(config))
+            log.table(first, "provenance", provenance())
             while True:
                 done = progress.update >= config.total_updates
                 progress.seconds = time.perf_counter() - started
@@ -330,8 +334,14 @@ class Run:
         scores, uncounted = dict[str, float](), list[str]()
         sheet = SampleSheet([pair.name for images in self.validation.values() for pair in images.pairs], config.upscale_factor)
         for name, images in self.validation.items():
-            enlarge, keep = partial(upscale, self.ema.network), None if scores else sheet.add  # of the first set
-            found = utils.evaluate(enlarge, images, config.upscale_factor, self.runtime, on_image=keep, progress=name, stop=stop)
+            score = partial(utils.evaluate, images=images, upscale_factor=config.upscale_factor, runtime=self.runtime, stop=stop)
+            if f"{name}/bicubic_psnr" not in self.bicubic:
+                found = score(partial(imgproc.imresize, scale=config.upscale_factor), progress=f"{name}, bicubic")
+                if found is None:
+                    return False
+                self.bicubic |= {f"{name}/bicubic_psnr": found["psnr"], f"{name}/bicubic_ssim": found["ssim"]}
+            keep = None if scores else sheet.add  # of the first set
+            found = score(partial(upscale, self.ema.network), on_image=keep, progress=name)
             if found is None:
                 return False
             scores |= {f"{name}/psnr": found["psnr"], f"{name}/ssim": found["ssim"]}
@@ -341,8 +351,13 @@ class Run:
         higher = psnr > progress.best_psnr or psnr == math.inf  # infinite where no image counts
         better = {"psnr": higher, "ssim": ssim > progress.best_ssim, "newest": True}[config.best_metric]
         if scores:
-            log.write(progress.update, {"event": "evaluation", "seconds": round(progress.seconds, 1), **scores})
-            text = ", ".join(f"{name} {scores[f'{name}/psnr']:.2f} dB / {scores[f'{name}/ssim']:.4f}" for name in self.validation)
+            shown = scores | self.bicubic
+            log.write(progress.update, {"event": "evaluation", "seconds": round(progress.seconds, 1), **shown})
+            text = ", ".join(
+                f"{name} {shown[f'{name}/psnr']:.2f} dB / {shown[f'{name}/ssim']:.4f} "
+                f"(bicubic {shown[f'{name}/bicubic_psnr']:.2f} / {shown[f'{name}/bicubic_ssim']:.4f})"
+                for name in self.validation
+            )
             mark = f" (best by {config.best_metric})" if better else ""
             mark += f"; not in the mean PSNR: {', '.join(uncounted)}" if uncounted else ""
             log.say(f"update {progress.update}, {progress.seconds / 60:.1f} min: {text}{mark}")

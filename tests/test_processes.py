@@ -137,7 +137,7 @@ def test_one_with_eight_patches_is_two_with_four_is_four_with_two(settings, alon
         pixels, others = (
             image_files.read_image(folder / sheet.name).astype(int) for folder in (sheet.parent, two.experiment_dir / "samples")
         )
-        assert pixels.shape == others.shape == (2 * 128, 3 * 128, 3)
+        assert pixels.shape == others.shape == (2 * 286, 3 * 260, 3)
         assert abs(pixels - others).mean() < 1
 
 

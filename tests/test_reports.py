@@ -94,17 +94,34 @@ def test_the_sample_sheet_shows_the_middle_of_the_first_three_images(size):
     for name, gt in gts.items():
         sheet.add(name, imgproc.degrade(gt, 2), 255 - gt, gt)
     rows = sheet.gather(CPU)
-    assert rows.shape == (3 * 128, 3 * 128, 3)
+    assert rows.shape == (3 * (26 + 256 + 4), 3 * (2 + 256 + 2), 3)
+    panels = rows.reshape(3, 286, 3, 260, 3).swapaxes(1, 2)  # (row, column, height, width, RGB)
     height, width = (min(128, side) for side in size)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     for row, name in enumerate("bcd"):
         gt = gts[name][top : top + height, left : left + width]
-        place = slice(row * 128, row * 128 + height)
-        assert (rows[place, 256 : 256 + width] == gt).all()
-        assert (rows[place, 128 : 128 + width] == 255 - gt).all()
+        bicubic, sr, shown = panels[row, :, 26 : 26 + 2 * height : 2, 2 : 2 + 2 * width : 2]
+        assert (shown == gt).all()
+        assert (sr == 255 - gt).all()
         whole = imgproc.imresize(imgproc.degrade(gts[name], 2), 2)
-        assert (rows[place, :width] == whole[top : top + height, left : left + width]).all()
+        assert (bicubic == whole[top : top + height, left : left + width]).all()
+        gt_panel = np.zeros((128, 128, 3), np.uint8)
+        labels = (f"bicubic  {imgproc.psnr(whole, gts[name], 2):.2f} dB", f"SR  {imgproc.psnr(255 - gts[name], gts[name], 2):.2f} dB")
+        for panel, label in zip(panels[row], (*labels, f"GT  {name}"), strict=True):
+            assert (panel[:26] == reports.draw_panel(gt_panel, label)[:26]).all()
     assert SampleSheet([], 2).gather(CPU) is None
+
+
+def test_a_label_stands_above_its_panel_and_never_beside_it():
+    crop = drawn_image(20, 60)
+    blank, short, other, long = (reports.draw_panel(crop, label, zoom=3) for label in ("", "SR", "GT", "an image's long name" * 9))
+    assert blank.shape == (26 + 60 + 4, 2 + 180 + 2, 3)
+    for panel in (short, other, long):
+        assert (panel[26:] == blank[26:]).all()
+        assert (panel[:, [0, -1]] == 255).all()
+        assert (panel[:26] != blank[:26]).any()
+    assert (short != other).any()
+    assert (reports.draw_panel(crop[:, :3], "SR", zoom=1)[:26] == 255).all()  # no room
 
 
 def test_a_markdown_table():

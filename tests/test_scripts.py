@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import image_files
 import imgproc
 import weights
 from helpers import REPOSITORY, TINY, drawn_image, write_set
+from reports import draw_panel
 from runtime import StopRequest
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -68,20 +70,94 @@ def test_a_comparison_shows_the_crop_that_gains_most(tmp_path, capsys):
             figure.main([*wrong, "--output", str(tmp_path / "g.png")])
 
 
-def test_a_learning_curve_is_read_off_the_log_and_drawn(tmp_path):
-    lines = [{"update": 1, "seconds": 30}, {"update": 2, "event": "evaluation", "seconds": 90.0, "Set5/psnr": 31.5}]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert figure.read_curve(tmp_path, "Set5") == figure.read_curve(tmp_path / "log.jsonl", "Set5") == [(1.5, 31.5)]
-    with pytest.raises(ValueError, match="Set14"):
+@pytest.mark.parametrize("known", [True, False])
+def test_a_comparison_of_two_methods_in_a_chosen_crop_with_and_without_gt(tmp_path, capsys, known):
+    """Two images, of different size, one below the other; panels are told from each other by their own pixels."""
+    gts = [drawn_image(60, 80), drawn_image(72, 84, 1)]
+    lrs = [imgproc.degrade(gt, 4) for gt in gts]
+    methods = {"One": [255 - gt for gt in gts], "Two": [gt[::-1].copy() for gt in gts]}
+    for kind, images in {"gt": gts, "lr": lrs, **methods}.items():
+        for number, image in enumerate(images):
+            image_files.write_image(tmp_path / f"{kind}{number}.png", image)
+    words = "--gt gt0.png gt1.png" if known else "--lr lr0.png lr1.png"
+    words += " --sr One0.png One1.png Two0.png Two1.png --sr_names One Two"
+    arguments = [str(tmp_path / word) if word.endswith("png") else word for word in words.split()]
+    arguments += ["--output", str(tmp_path / "f.png")]
+    figure.main([*arguments, "--crop", "5", "3", "42", "20", "--zoom", "3"])
+    drawn = image_files.read_image(tmp_path / "f.png")
+    columns = 5 if known else 4
+    assert drawn.shape == (2 * (26 + 60 + 4), columns * (126 + 4), 3)
+    panels = drawn.reshape(2, 90, columns, 130, 3).swapaxes(1, 2)
+    for row in range(2):
+        expected = [lrs[row].repeat(4, 0).repeat(4, 1), imgproc.imresize(lrs[row], 4), methods["One"][row], methods["Two"][row]]
+        for panel, image in zip(panels[row], [*expected, gts[row]][:columns], strict=True):
+            assert (panel[26:-4:3, 2:-2:3] == image[3:23, 5:47]).all()
+        for number, name in enumerate(("bicubic", "One", "Two"), start=1):
+            label = f"{name}  {imgproc.psnr(expected[number], gts[row], 4):.2f} dB" if known else name
+            assert (panels[row, number] == draw_panel(expected[number][3:23, 5:47], label, 3)).all()
+    figure.main([*arguments, "--side", "64"])  # the first image has room for 60
+    squares = image_files.read_image(tmp_path / "f.png")
+    assert squares.shape == (150 + 158, columns * 132, 3)
+    assert (squares[:150, columns * 124 :] == 255).all()
+    crop = re.findall(r"--crop (\d+ \d+ 60 60)", capsys.readouterr().out)[0]
+    figure.main([*arguments, "--crop", *crop.split()])  # draws the same row again
+    assert (image_files.read_image(tmp_path / "f.png")[:150] == squares[:150, : columns * 124]).all()
+    for wrong, named in (("--crop 40 3 41 20", "80x60"), ("--sr_name One", "--sr_names 1"), ("--over updates", "--over")):
+        with pytest.raises(ValueError, match=named):
+            figure.main([*arguments, *wrong.split()])
+
+
+def write_log(path, psnrs, cut="", **more):
+    """A log with an evaluation each 100 updates and 30 seconds."""
+    lines = [{"update": 1, "seconds": 1}]
+    lines += [{"update": 100 * n, "seconds": 30.0 * n, "Set5/psnr": psnr, **more} for n, psnr in enumerate(psnrs, start=1)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + cut)
+
+
+def test_a_learning_curve_is_read_off_the_log(tmp_path):
+    write_log(tmp_path / "log.jsonl", [30.0, None, 31.5], cut='{"update": 400, "Set5/ps')  # null: infinite
+    expected = [(0.5, 30.0), (1.5, 31.5)]
+    assert figure.read_curve(tmp_path, "Set5") == figure.read_curve(tmp_path / "log.jsonl", "Set5") == (expected, None)
+    write_log(tmp_path / "log.jsonl", [30.0, 31.0], **{"Set5/bicubic_psnr": 28.4})
+    assert figure.read_curve(tmp_path, "Set5", "updates") == ([(100, 30.0), (200, 31.0)], 28.4)
+    with pytest.raises(ValueError, match=r"Set14.*Set5"):
         figure.read_curve(tmp_path, "Set14")
     with pytest.raises(FileNotFoundError, match="gone"):
         figure.read_curve(tmp_path / "gone", "Set5")
-    pytest.importorskip("matplotlib")
-    arguments = ["--runs", str(tmp_path), "--output", str(tmp_path / "new" / "curve.png"), "--levels"]
-    figure.main([*arguments, "VDSR=31.35"])
+    (tmp_path / "other.txt").write_text("a\nb\n")
+    with pytest.raises(ValueError, match=r"other\.txt: line 1"):
+        figure.read_curve(tmp_path / "other.txt", "Set5")
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    paths = [tmp_path / name for name in ("a/run", "b/run", "c/v1.5", "old.jsonl", "d/log.jsonl")]
+    for path in paths[:3]:
+        path.mkdir(parents=True)
+    paths[4].parent.mkdir()
+    assert figure.label_runs(paths) == ["a/run", "b/run", "v1.5", "old", "d"]
+
+
+def test_learning_curves_show_every_evaluation_and_bicubic(tmp_path, monkeypatch):
+    pyplot, drawn = pytest.importorskip("matplotlib.pyplot"), []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    write_log(tmp_path / "a" / "log.jsonl", [9.0, 29.5, 30.0, 30.5, 31.0], **{"Set5/bicubic_psnr": 28.4})
+    write_log(tmp_path / "old.jsonl", [30.25])  # without bicubic
+    arguments = ["--runs", str(tmp_path / "a"), str(tmp_path / "old.jsonl"), "--output", str(tmp_path / "new" / "curve.png")]
+    figure.main([*arguments, "--over", "updates", "--levels", "VDSR=31.35"])
     assert np.ptp(image_files.read_image(tmp_path / "new" / "curve.png")) == 255
+    (axes,) = drawn[0].axes
+    curves = {line.get_label(): line for line in axes.lines if line.get_marker() != "None"}
+    assert {name: line.get_xydata().tolist() for name, line in curves.items()} == {
+        "a": [[100, 9.0], [200, 29.5], [300, 30.0], [400, 30.5], [500, 31.0]],
+        "old": [[100, 30.25]],
+    }
+    assert sorted(line.get_ydata()[0] for line in axes.lines if line not in curves.values()) == [28.4, 31.35]
+    assert axes.get_xlim()[0] == 0
+    assert axes.get_ylim()[0] == pytest.approx(28.4 - 1)  # 9 dB would flatten the rest
+    assert axes.get_ylim()[1] > 31.35
     with pytest.raises(ValueError, match="VDSR"):
-        figure.main([*arguments, "VDSR"])
+        figure.main([*arguments, "--levels", "VDSR"])
 
 
 # Benchmark

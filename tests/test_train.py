@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from pytest import approx
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoints
 import dataset
 import image_files
+import imgproc
 import optimizers
 import reports
 import train
@@ -555,6 +557,33 @@ def test_what_a_run_leaves(settings):
 
 
 @trains
+def test_bicubic_settings_and_command_stand_beside_the_scores(settings, monkeypatch, capsys):
+    config = settings(valid_sets=("Valid", "Train"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        train.train(config, PixelStep)
+    run(config)  # after a resume, too
+    expected = {}
+    for name, images in dataset.open_test_sets(config.data_root, config.valid_sets, 2).items():
+        scores = utils.evaluate(lambda lr: imgproc.imresize(lr, 2), images, 2, CPU)
+        expected |= {f"{name}/bicubic_psnr": scores["psnr"], f"{name}/bicubic_ssim": scores["ssim"]}
+    evaluations = [line for line in log_lines(config) if line.get("event") == "evaluation"]
+    assert len(evaluations) == 3
+    said = capsys.readouterr().out
+    board = EventAccumulator(str(config.experiment_dir)).Reload()
+    for name, value in expected.items():
+        assert [line[name] for line in evaluations] == [value] * 3
+        assert [event.value for event in board.Scalars(name)] == approx([value] * 3)
+        assert said.count(f"{value:.2f}" if name.endswith("psnr") else f"{value:.4f}") >= 3
+    recorded = json.loads((config.experiment_dir / "config.json").read_text())
+    for name, values in (("provenance", recorded.pop("provenance")), ("settings", recorded)):
+        texts = [event.tensor_proto.string_val[0].decode() for event in board.Tensors(f"{name}/text_summary")]
+        assert len(texts) == 2  # starts
+        cells = [[cell.strip(" `") for cell in line.strip("|").split(" | ")] for line in texts[1].splitlines()[2:]]
+        assert {name: json.loads(value) for name, value in cells} == values
+
+
+@trains
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_learns_in_each_precision(settings, precision):
     config = run(settings(precision=precision, epochs=60, eval_every=120, save_every=120, log_every=20, learning_rate=3e-3))
@@ -572,7 +601,7 @@ def test_a_run_without_validation_keeps_its_last_weights(settings):
 @trains
 @pytest.mark.parametrize(("metric", "best"), [("newest", 6), ("psnr", 2), ("ssim", 4)])
 def test_best_is_judged_by_the_metric_that_is_named(settings, monkeypatch, metric, best):
-    scores = iter([{"psnr": 30.0, "ssim": 0.5}, {"psnr": 29.0, "ssim": 0.9}, {"psnr": 28.0, "ssim": 0.6}])
+    scores = iter([{"psnr": 9.0, "ssim": 0.1}, {"psnr": 30.0, "ssim": 0.5}, {"psnr": 29.0, "ssim": 0.9}, {"psnr": 28.0, "ssim": 0.6}])
     monkeypatch.setattr(utils, "evaluate", lambda *_, **__: next(scores))
     config = run(settings(best_metric=metric))
     found = weights.read(config.experiment_dir / "best.pth.tar")
