@@ -37,7 +37,7 @@ class FigureConfig:
 
     # A comparison: one row for each image
     gt: tuple[str, ...] = ()  # GT images
-    lr: tuple[str, ...] = ()  # LR images, where there are no GT images
+    lr: tuple[str, ...] = ()  # LR images, where there are no GT images, or where LR is not bicubic's
     sr: tuple[str, ...] = ()  # the upscaled images: all of the first method in the order of --gt or --lr, then all of the next method
     sr_names: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--sr_name"])] = ("RCAN",)  # the methods
     upscale_factor: int = 4  # between LR and GT
@@ -58,8 +58,10 @@ CURVES = ("runs", "over", "valid_set", "levels")
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the figure; print the crop of each row, and the figure's path."""
     config = tyro.cli(FigureConfig, args=argv, use_underscores=True)
-    if sum(map(bool, (config.gt, config.lr, config.runs))) != 1:
+    if bool(config.runs) == bool(config.gt or config.lr):
         raise ValueError("give --gt and --sr for a comparison, --lr and --sr for one without GT, or --runs for learning curves")
+    if config.gt and len(config.lr) not in (0, len(config.gt)):
+        raise ValueError(f"--lr names {len(config.lr)} images, --gt {len(config.gt)}: give one LR image for each GT image, or none")
     changed = [name for name, value in vars(config).items() if name != "output" and value != getattr(FigureConfig, name)]
     useless = [name for name in changed if (name in CURVES) != bool(config.runs) or (name == "side" and config.crop)]
     if useless:
@@ -80,7 +82,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"--sr names {len(config.sr)} images, {kind} {len(sources)}, --sr_names {len(names)} ({', '.join(names)}): give as many "
                 f"upscaled images as {kind} has for each method, one method after another"
             )
-        rows = [draw_row(Path(source), [Path(sr) for sr in config.sr[row :: len(sources)]], config) for row, source in enumerate(sources)]
+        rows = [
+            draw_row(row, Path(source), [Path(sr) for sr in config.sr[row :: len(sources)]], config) for row, source in enumerate(sources)
+        ]
         width = max(row.shape[1] for row in rows)
         rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
         image_files.write_image(config.output, np.concatenate(rows))
@@ -90,16 +94,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 # Comparisons
 
 
-def draw_row(source: Path, sr_paths: Sequence[Path], config: FigureConfig) -> imgproc.RGB:
+def draw_row(number: int, source: Path, sr_paths: Sequence[Path], config: FigureConfig) -> imgproc.RGB:
     """One labelled row: LR (nearest neighbour), bicubic, the SR of each method, and GT where there is one."""
     scale = config.upscale_factor
     image = image_files.read_image(source)
     if config.gt and min(image.shape[:2]) < scale:
         raise ValueError(f"{source}: GT is {image.shape[1]}x{image.shape[0]}, smaller than an LR pixel at x{scale}")
     gt = imgproc.crop_to_multiple(image, scale) if config.gt else None
-    lr = image if gt is None else imgproc.degrade(gt, scale)
+    lr = image_files.read_image(config.lr[number]) if config.lr or gt is None else imgproc.degrade(gt, scale)
     methods = {"bicubic": imgproc.imresize(lr, scale)}
     height, width = methods["bicubic"].shape[:2]
+    if gt is not None and gt.shape != methods["bicubic"].shape:
+        raise ValueError(
+            f"{config.lr[number]}: {lr.shape[1]}x{lr.shape[0]} at x{scale} does not make {gt.shape[1]}x{gt.shape[0]} of {source}"
+        )
     for name, path in zip(config.sr_names, sr_paths, strict=True):
         methods[name] = image_files.read_image(path)
         found = methods[name].shape[1::-1]

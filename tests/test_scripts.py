@@ -70,16 +70,17 @@ def test_a_comparison_shows_the_crop_that_gains_most(tmp_path, capsys):
             figure.main([*wrong, "--output", str(tmp_path / "g.png")])
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_a_comparison_of_two_methods_in_a_chosen_crop_with_and_without_gt(tmp_path, capsys, known):
+@pytest.mark.parametrize("given", ["gt", "lr", "gt lr"])
+def test_a_comparison_of_two_methods_in_a_chosen_crop_with_and_without_gt(tmp_path, capsys, given):
     """Two images, of different size, one below the other; panels are told from each other by their own pixels."""
     gts = [drawn_image(60, 80), drawn_image(72, 84, 1)]
-    lrs = [imgproc.degrade(gt, 4) for gt in gts]
+    known = "gt" in given
+    lrs = [imgproc.degrade(255 - gt if given == "gt lr" else gt, 4) for gt in gts]
     methods = {"One": [255 - gt for gt in gts], "Two": [gt[::-1].copy() for gt in gts]}
     for kind, images in {"gt": gts, "lr": lrs, **methods}.items():
         for number, image in enumerate(images):
             image_files.write_image(tmp_path / f"{kind}{number}.png", image)
-    words = "--gt gt0.png gt1.png" if known else "--lr lr0.png lr1.png"
+    words = " ".join(f"--{kind} {kind}0.png {kind}1.png" for kind in given.split())
     words += " --sr One0.png One1.png Two0.png Two1.png --sr_names One Two"
     arguments = [str(tmp_path / word) if word.endswith("png") else word for word in words.split()]
     arguments += ["--output", str(tmp_path / "f.png")]
