@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # Rows of the house from the bottom up; a file may import what stands in a lower row, or further right in its own
 ROWS = (
     ("config", "losses", "layouts", "model", "imgproc", "image_files", "metadata", "runtime", "files", "environment"),
-    ("store", "dataset", "weights", "utils", "reports", "optimizers", "graphs"),
+    ("store", "dataset", "weights", "utils", "reports", "html_report", "optimizers", "graphs"),
     ("checkpoints", "upscaling", "config_improved"),
     ("train", "test", "inference"),
     ("train_improved",),
