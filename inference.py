@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,7 @@ import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+import html_report
 import image_files
 import imgproc
 import utils
@@ -48,6 +50,7 @@ class InferenceConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # compute in this precision; auto: bf16 where the device is fast at it
     tile: int = 0  # cut images into tiles of this side, LR pixels, if memory is too small; changes results; 0: whole images
     tile_overlap: int | None = None  # blend neighbouring tiles over this many LR pixels; None: 32
+    compare: bool = False  # also write report.html into the output folder: each result beside bicubic, with a slider and zoom
 
     def __post_init__(self) -> None:
         for name in ("input", "output", "model_path"):
@@ -79,8 +82,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if source.is_dir() and (others := image_files.passed_over(source, nested=True)):
         print(others)
+    page = (output.parent if output in targets.values() else output) / "report.html" if config.compare else None
     inputs = keep_existing(targets, config.existing)
+    page = html_report.keep_existing(page, config.existing)
     if not inputs:
+        if page:
+            print(f"note: {page}: not written, as no image is upscaled")
         return
     for folder in {path.parent for path in targets.values()}:
         check_folder(folder)
@@ -101,14 +108,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     def enlarge(image: NDArray) -> NDArray:
         return upscale(network, image, config.self_ensemble, precision=precision, tile=config.tile, tile_overlap=config.overlap)
 
+    report = html_report.Report("Upscaled images", [f"{weights.describe(network)}; computed in {precision}"], count=len(inputs))
+
+    def show(file: Path, photo: Photo, result: Photo) -> None:
+        if page:
+            report.add_enlarged(str(targets[file].relative_to(page.parent)), photo, result, inputs.index(file))
+
     failed = []
-    bar = tqdm(upscale_files(inputs, targets, enlarge, network.upscale_factor, config), "upscaling", len(inputs), unit="image")
+    bar = tqdm(upscale_files(inputs, targets, enlarge, network.upscale_factor, config, show), "upscaling", len(inputs), unit="image")
     for file, written in bar:
         try:
             bar.write("\n    ".join([str(targets[file].absolute()), *written.result()]))
         except (ValueError, OSError, MemoryError) as error:  # the remaining files are still processed
             problem = explain(error) if isinstance(error, OSError) else str(error) or "too little memory; free some, or set --tile 256"
             failed.append(problem if str(file) in problem else f"{file}: {problem}")
+    if page:
+        report.notes += [f"Failed: {problem}" for problem in failed]
+        report.notes += [f"Not compared, as the result was already there: {file}" for file in targets if file not in inputs]
+        bar.write("\n    note: ".join([str(page.absolute()), *report.write(page)]))
     if failed:
         listed = "".join(f"\n    {problem}" for problem in failed)
         raise ValueError(f"{len(failed)} of {len(inputs)} images failed:{listed}" if len(inputs) > 1 else failed[0])
@@ -199,7 +216,12 @@ Notes = list[str]
 
 
 def upscale_files(
-    inputs: Sequence[Path], targets: Mapping[Path, Path], enlarge: Callable[[NDArray], NDArray], scale: int, config: InferenceConfig
+    inputs: Sequence[Path],
+    targets: Mapping[Path, Path],
+    enlarge: Callable[[NDArray], NDArray],
+    scale: int,
+    config: InferenceConfig,
+    show: Callable[[Path, Photo, Photo], None],
 ) -> Iterator[tuple[Path, Future[Notes]]]:
     """Each image with the notes for the user, or the error, that its upscaling ends with.
 
@@ -215,7 +237,7 @@ def upscale_files(
             written: Future[Notes] = Future()
             try:
                 result, notes = upscale_photo(photo.result(), targets[file].suffix, enlarge, scale, config)
-                written = pool.submit(_write, targets[file], result, config.quality or 95, notes)
+                written = pool.submit(_write, targets[file], result, config.quality or 95, notes, partial(show, file, photo.result()))
                 if result.pixels.nbytes > MANY_BYTES:
                     wait([written])
                 del result
@@ -230,8 +252,9 @@ def upscale_files(
 MANY_BYTES = 2**28  # no further image is computed while one as large waits in memory
 
 
-def _write(target: Path, result: Photo, quality: int, notes: Notes) -> Notes:
+def _write(target: Path, result: Photo, quality: int, notes: Notes, show: Callable[[Photo], None]) -> Notes:
     write_photo(target, result, quality)
+    show(result)
     return notes
 
 
