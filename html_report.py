@@ -82,14 +82,14 @@ class Report:
         self.add(name, note, [("bicubic", before), ("upscaled", after)], rank, None if photo.gray else photo.icc_profile)
 
     def write(self, path: Path) -> list[str]:
-        """Write the page; sentences on what it does not show."""
-        notes = list(self.notes)
+        """Write the page; sentences on what it does not show, beside `notes`."""
+        notes = []
         if self._approximate:
             notes.append(f"Some images are stored as WebP of quality {QUALITY}, which changes pixels a little; the files are exact.")
         if self.left_out:
             notes.append(f"Left out, as the page would exceed {MAX_BYTES / 1e6:.0f} MB: {', '.join(self.left_out)}.")
         parts = [f"<p>{_text(line)}</p>" for line in self.lines] + [_table(rows) for rows in self.tables]
-        parts += [f'<p class="note">{_text(note)}</p>' for note in notes]
+        parts += [f'<p class="note">{_text(note)}</p>' for note in (*self.notes, *notes)]
         parts += [figure for _, figure in sorted(self._figures, key=lambda found: found[0])]
         files.write_text(path, string.Template(_PAGE).substitute(title=_text(self.title), body="\n".join(parts)))
         return notes
