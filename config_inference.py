@@ -27,6 +27,7 @@ class InferenceConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # compute in this precision; auto: bf16 where the device is fast at it
     tile: int = 0  # cut images into tiles of this side, LR pixels, if memory is too small; changes results; 0: whole images
     tile_overlap: int | None = None  # blend neighbouring tiles over this many LR pixels; None: 32
+    compare: bool = False  # also write report.html into the output folder: each result beside bicubic, with a slider and zoom
     verbose: bool = False  # also print the network, its weights and the precision
 
     def __post_init__(self) -> None:

@@ -216,8 +216,13 @@ def write_photo(path: str | os.PathLike, photo: Photo, quality: int = 95) -> Non
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: unknown ending {path.suffix!r}; known are {', '.join(FORMATS)}")
-    check_writable(photo, path.suffix, photo.pixels.shape[:2])
-    kind = FORMATS[path.suffix.lower()]
+    files.write_whole(path, encode_photo(photo, path.suffix, quality), durable=False)
+
+
+def encode_photo(photo: Photo, suffix: str, quality: int = 95) -> bytes:
+    """The bytes of a file with this ending, as `write_photo` writes them."""
+    check_writable(photo, suffix, photo.pixels.shape[:2])
+    kind = FORMATS[suffix.lower()]
     if kind in _OPAQUE:
         photo = replace(photo, alpha=photo.transparency)
     colours = photo.pixels[:, :, :1] if photo.gray else photo.pixels
@@ -231,7 +236,7 @@ def write_photo(path: str | os.PathLike, photo: Photo, quality: int = 95) -> Non
     if kind == "PNG":
         chunks = b"".join(metadata.png_chunk(*chunk) for chunk in photo.metadata.png_chunks(photo.pixels.shape[:2]))
         encoded = encoded[:_PNG_HEADER] + chunks + encoded[_PNG_HEADER:]
-    files.write_whole(path, encoded, durable=False)
+    return encoded
 
 
 _OPAQUE = ("JPEG", "BMP")  # hold no alpha

@@ -21,12 +21,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+import html_report
 import image_files
 import imgproc
 import model
@@ -50,8 +52,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(
             f"quality={config.quality} has no effect, as no result is JPEG or WebP: leave it out, or choose another output_format"
         )
+    page = (output.parent if output in targets.values() else output) / "report.html" if config.compare else None
     waiting = keep_existing(targets, config.existing)
+    page = html_report.keep_existing(page, config.existing)
     if not waiting:
+        if page:
+            print(f"note: {page}: not written, as no image is enlarged")
         return
     for folder in {path.parent for path in targets.values()}:
         check_folder(folder)
@@ -63,10 +69,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"enlarging {many} {config.outscale or enlargers.scale:g} times on {device}, about {_duration(seconds)}", flush=True)
     if config.tile:
         print(f"tiles of {config.tile} pixels: the network's attention averages over a tile, so results differ from those of whole images")
+    report = html_report.Report("Enlarged images", count=len(waiting))
+
+    def show(file: Path, photo: Photo, result: Photo) -> None:
+        if page:
+            report.add_enlarged(str(targets[file].relative_to(page.parent)), photo, result, waiting.index(file))
+
     failed, done = [], 0
     with tqdm(total=sum(sizes.values()), bar_format="{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left", leave=False) as bar:
         enlargers.say = bar.write
-        for file, written in upscale_files(waiting, targets, enlargers, bar.update, config):
+        for file, written in upscale_files(waiting, targets, enlargers, bar.update, config, show):
             try:
                 bar.write("\n    ".join([str(targets[file].absolute()), *written.result()]))
             except (ValueError, OSError, MemoryError) as error:  # the remaining files are still processed
@@ -74,6 +86,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 failed.append(problem if str(file) in problem else f"{file}: {problem}")
             done += sizes.get(file, 0)
             bar.update(done - bar.n)
+    if page:
+        report.notes += enlargers.descriptions()
+        report.notes += [f"Failed: {problem}" for problem in failed]
+        report.notes += [f"Not compared, as the result was already there: {file}" for file in targets if file not in waiting]
+        print("\n    note: ".join([str(page.absolute()), *report.write(page)]))
     count = len(waiting) - len(failed)
     print(f"{count} {'image' if count == 1 else 'images'} in {_duration(time.monotonic() - begin)}")
     if failed:
@@ -130,8 +147,12 @@ class Enlargers:
             path = released_weights(self.scale, kind) if kind else Path(self.config.model_path)
             self.networks[kind] = weights.load(path).to(self.device)
             if self.config.verbose:
-                print(f"{weights.describe(self.networks[kind])}; computing in {self.precision}")
+                self.say(self.descriptions()[-1])
         return self.networks[kind]
+
+    def descriptions(self) -> list[str]:
+        """A line on each network that was loaded."""
+        return [f"{weights.describe(network)}; computing in {self.precision}" for network in self.networks.values()]
 
     def choose(self, photo: Photo) -> tuple[str, str]:
         """The kind of weights for an image, and why, in words."""
@@ -268,6 +289,7 @@ def upscale_files(
     enlargers: Enlargers,
     advance: Callable[[float], object],
     config: InferenceConfig,
+    show: Callable[[Path, Photo, Photo], None],
 ) -> Iterator[tuple[Path, Future[Notes]]]:
     """Each input, and how it ended: notes for the user, or an error.
 
@@ -275,6 +297,7 @@ def upscale_files(
 
     Args:
         advance: called with the pixels of the input that the network is done with.
+        show: called with an input and its result, once it is written.
     """
     with ThreadPoolExecutor(2) as pool:
         before: list[tuple[Path, Future[Notes]]] = []
@@ -289,7 +312,7 @@ def upscale_files(
                 if (seconds := enlargers.speed * height * width) > LONG and len(inputs) > 1:
                     enlargers.say(f"{file.name}, {width}x{height}: about {_duration(seconds)}")
                 result, notes = upscale_photo(photo.result(), targets[file].suffix, enlargers, advance, config)
-                written = pool.submit(_write, targets[file], result, config.quality or 95, notes)
+                written = pool.submit(_write, targets[file], result, config.quality or 95, notes, partial(show, file, photo.result()))
                 if result.pixels.nbytes > MANY_BYTES:
                     wait([written])
                 del result
@@ -305,8 +328,9 @@ LONG = 10  # seconds, beyond which an image of several is announced
 MANY_BYTES = 2**28  # no further image is computed while one as large waits in memory
 
 
-def _write(target: Path, result: Photo, quality: int, notes: Notes) -> Notes:
+def _write(target: Path, result: Photo, quality: int, notes: Notes, show: Callable[[Photo], None]) -> Notes:
     write_photo(target, result, quality)
+    show(result)
     return notes
 
 

@@ -7,6 +7,7 @@
 The upscaled photo is upright and larger, so its orientation is 1, its size the new one, and the thumbnail of the old one is dropped.
 """
 
+import contextlib
 import importlib.util
 import re
 import struct
@@ -109,8 +110,9 @@ class Metadata:
             missing += [f"the text {keyword!r}" for keyword in self._keywords()]
         sentences = [f"left out of the {kind} file: {', '.join(missing)}"] if missing else []
         colours = [] if kind == "PNG" else self._unusual_colours()
-        if kind in ("TIFF", "BMP") and exif.get_ifd(ExifTags.IFD.Interop).get(1) == "R03":
-            colours.append("Adobe RGB by EXIF alone")
+        with contextlib.suppress(KeyError):  # of Pillow before 13, where there is no such part
+            if kind in ("TIFF", "BMP") and exif.get_ifd(ExifTags.IFD.Interop).get(1) == "R03":
+                colours.append("Adobe RGB by EXIF alone")
         remedy = f"which {kind} can't say, so they will look wrong: choose --output_format png"
         return sentences + [f"its colours are {each}, {remedy}" for each in colours]
 

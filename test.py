@@ -3,10 +3,10 @@
     python test.py --model_path results/rcan_x4/best.pth.tar --data_root data --test_sets Set5 Set14 B100
     python test.py --model_path x2.pt x3.pt x4.pt x8.pt --test_sets Set5 Set14 B100 Urban100 Manga109 --self_ensemble True
 
-The file alone tells the network's size; no setting of its training is needed. Images, metrics.json, metrics.csv and report.md go to
-results/<exp_name>/test, named after the weights where exp_name is empty. Several weights have a folder each, and results/table/test
-holds the scores of all. A folder that holds the scores of other weights is left as it is. Scores are those of the images as written,
-by the papers' protocol.
+The file alone tells the network's size; no setting of its training is needed. Images, metrics.json, metrics.csv, report.md and
+report.html, a page to compare each image with bicubic, go to results/<exp_name>/test, named after the weights where exp_name is empty.
+Several weights have a folder each, and results/table/test holds the scores of all. A folder that holds the scores of other weights is
+left as it is. Scores are those of the images as written, by the papers' protocol.
 """
 
 import environment  # noqa: F401 (names missing packages)
@@ -34,6 +34,7 @@ import numpy as np
 import checkpoints
 import dataset
 import files
+import html_report
 import image_files
 import imgproc
 import model
@@ -93,12 +94,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         network.cpu()
         if runtime.is_main:
             write(folders[path], results[-1:], absent, config)
+            write_page(folders[path] / "report.html", results[-1], sets[path], absent, config)
     if runtime.is_main:
         if len(results) > 1:
             take(folders[None], paths)
             write(folders[None], results, absent, config)
         print(report(results, absent, config))
-        print(f"\n{'images and ' if config.save_images else ''}metrics: {folders[None].absolute()}")
+        print(f"\n{'images, report.html and ' if config.save_images else ''}metrics: {folders[None].absolute()}")
 
 
 # Folders
@@ -250,10 +252,18 @@ _SAME_SET = {"BSD100": "B100", "BSDS100": "B100"}
 
 def report(results: Sequence[Result], absent: Sequence[str], config: Config) -> str:
     """The scores as Markdown: the protocol, and a table for each scale."""
+    return "\n\n".join([part if isinstance(part, str) else markdown_table(part) for part in parts_of(results, absent, config)])
+
+
+Rows = list[list[str]]
+
+
+def parts_of(results: Sequence[Result], absent: Sequence[str], config: Config) -> list[str | Rows]:
+    """The paragraphs and tables of the reports."""
     protocol = utils.PROTOCOL.format(scale="scale" if len(results) > 1 else results[0].upscale_factor)
     ensemble = "+ is the self-ensemble of 8, whose images are written" if config.self_ensemble else "no self-ensemble"
     given = all(result.given >= result.scores["network"].keys() for result in results)
-    parts = [f"{dataset.AS_GIVEN if given else config.degradation}: {protocol}, whole images, fp32, {ensemble}"]
+    parts: list[str | Rows] = [f"{dataset.AS_GIVEN if given else config.degradation}: {protocol}, whole images, fp32, {ensemble}"]
     for scale in dict.fromkeys(result.upscale_factor for result in results):
         parts.append(table_of([result for result in results if result.upscale_factor == scale], scale, config))
     uncounted = dict.fromkeys(
@@ -267,10 +277,10 @@ def report(results: Sequence[Result], absent: Sequence[str], config: Config) -> 
         parts.append(f"Not in the mean PSNR, as theirs is infinite or says little: {', '.join(uncounted)}.")
     if absent:
         parts.append(f"Not scored, as there is no such folder in {config.data_root}: {', '.join(absent)}.")
-    return "\n\n".join(parts)
+    return parts
 
 
-def table_of(results: Sequence[Result], scale: int, config: Config) -> str:
+def table_of(results: Sequence[Result], scale: int, config: Config) -> Rows:
     sets, given = list(results[0].scores["network"]), results[0].given
     label = f"x{scale}, {dataset.AS_GIVEN if given.issuperset(sets) else config.degradation}"
     rows = [[label, *(f"{name} ({dataset.AS_GIVEN})" if name in given else name for name in sets)]]
@@ -289,7 +299,7 @@ def table_of(results: Sequence[Result], scale: int, config: Config) -> str:
             if config.self_ensemble or method != "RCAN+":
                 known = dict(zip(PAPER_SETS, text.split(", "), strict=True))
                 rows.append([f"*paper: {method}*", *(known.get(published[name], "–") for name in sets)])
-    return markdown_table(rows)
+    return rows
 
 
 def _cell(scores: Scores) -> str:
@@ -304,6 +314,31 @@ def write(folder: Path, results: Sequence[Result], absent: Sequence[str], config
     files.write_text(folder / "metrics.csv", rows_of(results, config))
     lines = [*(result.description for result in results), *(f"{name}: {value}" for name, value in provenance().items())]
     files.write_text(folder / "report.md", "\n".join([report(results, absent, config), "", *(f"- {line}" for line in lines), ""]))
+
+
+def write_page(path: Path, result: Result, sets: Mapping[str, dataset.EvaluationSet], absent: Sequence[str], config: Config) -> None:
+    """Write report.html: each image beside bicubic and GT, from the largest loss of quality to the largest gain."""
+    if not config.save_images:
+        if path.exists():
+            print(f"note: {path}: is of earlier scores; without --save_images False it is written anew", file=sys.stderr)
+        return
+    label = result.name + ("+" if config.self_ensemble else "")
+    found = []
+    for name, images in sets.items():
+        bicubic, network = (result.scores[method][name]["images"] for method in ("bicubic", "network"))
+        for index, pair in enumerate(images.pairs):
+            before, after = bicubic[pair.name]["psnr"], network[pair.name]["psnr"]
+            gain = 0.0 if before == after else after - before  # both may be infinite
+            found.append((gain, name, index, f"{gain:+.2f} dB: bicubic {before:.2f} dB, {label} {after:.2f} dB"))
+    parts = parts_of([result], absent, config)
+    lines = [part for part in parts if isinstance(part, str)] + [f"{result.description}. Images are sorted by gain, the worst first."]
+    page = html_report.Report(f"{label} on {', '.join(sets)}", lines, [part for part in parts if not isinstance(part, str)], len(found))
+    for _, name, index, note in sorted(found):  # the images are read again, one after the other, as all of them may not fit into memory
+        image_name, lr, gt = sets[name][index]
+        sr = image_files.read_image(path.parent / name / f"{image_name}.png")
+        page.add(f"{name}/{image_name}", note, [("bicubic", imgproc.imresize(lr, result.upscale_factor)), (label, sr), ("GT", gt)])
+    for note in page.write(path):
+        print(f"note: {path}: {note}", file=sys.stderr)
 
 
 def name_replaced(path: Path, metrics: Mapping[str, Any]) -> None:

@@ -1,10 +1,14 @@
 """Small drawn images and tiny networks for the tests."""
 
+import base64
+import io
 import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 import image_files
@@ -54,3 +58,32 @@ class Enlarge(nn.Module):
 
     def forward(self, x):
         return nn.functional.interpolate(x, scale_factor=self.factor) + self.offset
+
+
+class Page(HTMLParser):
+    """What a report.html shows: its text, and by the name of each figure {label: pixels}; every address in it."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.text, self.figures, self.addresses, self._inside = "", {}, [], ""
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attributes):
+        self._inside = tag
+        found = dict(attributes)
+        self.addresses += [found[name] for name in ("src", "href", "srcset", "action", "data") if name in found]
+        if tag == "img":
+            data = base64.b64decode(found["src"].partition("base64,")[2])
+            name, figure = list(self.figures.items())[-1]
+            figure[found["alt"]] = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+            assert figure[found["alt"]].shape[:2] == (int(found["height"]), int(found["width"])), name
+
+    def handle_endtag(self, tag):
+        self._inside = ""
+
+    def handle_data(self, data):
+        if self._inside == "h2":
+            self.figures[data] = {}
+        if self._inside not in ("style", "script"):
+            self.text += data

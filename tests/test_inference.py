@@ -16,7 +16,7 @@ import image_files
 import imgproc
 import inference
 import weights
-from helpers import REPOSITORY, Enlarge, drawn_image, noise_image, tiny
+from helpers import REPOSITORY, Enlarge, Page, drawn_image, noise_image, tiny
 from image_files import Photo, read_photo, write_image, write_photo
 from upscaling import upscale
 
@@ -426,3 +426,38 @@ def test_files_beside_images_are_named(tmp_path, run, capsys):
     (tmp_path / "in/b.heic").write_bytes(b"x")
     run("--input", tmp_path / "in", "--output", tmp_path / "out")
     assert "1 .heic" in "".join(capsys.readouterr())
+
+
+# A page to compare
+
+
+def test_compare_shows_each_result_beside_bicubic(tmp_path, run, capsys):
+    write_image(tmp_path / "in/a.png", RGB)
+    write_image(tmp_path / "in/deep/b <i>.png", drawn_image(9, 14, seed=1))
+    (tmp_path / "in/c.png").write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"c\.png"):
+        run("--input", tmp_path / "in", "--output", tmp_path / "out", "--outscale", 2.5, "--compare", True)
+    page = Page(tmp_path / "out/report.html")
+    assert str(tmp_path / "out/report.html") in capsys.readouterr().out
+    assert list(page.figures) == ["a.png", "deep/b <i>.png"]
+    for name, image in zip(page.figures, (RGB, drawn_image(9, 14, seed=1)), strict=True):
+        result = image_files.read_image(tmp_path / "out" / name)
+        before, after = page.figures[name].values()
+        assert (after == result).all()
+        assert (before == imgproc.imresize_to(image, *result.shape[:2])).all()
+    assert "c.png" in page.text  # which failed
+
+
+@pytest.mark.parametrize("existing", ["refuse", "skip", "overwrite"])
+def test_a_page_that_is_there_is_treated_as_any_result(tmp_path, run, existing):
+    write_image(tmp_path / "a.png", RGB)
+    write_image(tmp_path / "b.png", RGB)
+    arguments = ("--output", tmp_path / "out", "--compare", True, "--existing", existing)
+    run("--input", tmp_path / "a.png", *arguments)
+    if existing == "refuse":
+        with pytest.raises(ValueError, match=r"report\.html"):
+            run("--input", tmp_path / "b.png", *arguments)
+        assert written(tmp_path / "out") == ["a.png", "report.html"]
+    else:
+        run("--input", tmp_path / "b.png", *arguments)
+        assert list(Page(tmp_path / "out/report.html").figures) == (["b.png"] if existing == "overwrite" else ["a.png"])

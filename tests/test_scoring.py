@@ -18,7 +18,7 @@ import image_files
 import imgproc
 import weights
 from config import Config, released_weights
-from helpers import REPOSITORY, drawn_image, tiny, write_set
+from helpers import REPOSITORY, Page, drawn_image, tiny, write_set
 from upscaling import upscale
 
 SCRIPT = str(REPOSITORY / "test.py")
@@ -104,6 +104,31 @@ def test_scores_are_those_of_the_written_images(place, score):
     assert table((folder / "report.md").read_text()) == printed
     assert not [name for name in printed if "paper" in name]  # which has no scores of this set
     assert str(folder) in out
+
+
+def test_the_page_shows_the_written_images_from_the_largest_loss_of_quality(place, score):
+    write_set(place / "data" / "Other", [(40, 44)], seed=5)
+    code, out, _ = score("--model_path", "w2.pth", "--test_sets", "Own", "Other")
+    assert code == 0 and "report.html" in out
+    folder = place / "results" / "w2" / "test"
+    page, found = Page(folder / "report.html"), metrics(folder)
+    gains = {
+        f"{name}/{image}": found[name]["images"][image]["psnr"] - found[name]["bicubic"]["images"][image]["psnr"]
+        for name in found
+        for image in found[name]["images"]
+    }
+    assert list(page.figures) == sorted(gains, key=gains.get) and len(gains) == 3
+    assert all(f"{gain:+.2f} dB" in page.text for gain in gains.values())
+    assert cell(found["Own"]) in page.text
+    for name, (lr, gt) in pairs(place, 2).items():
+        shown = page.figures[f"Own/{name}"]
+        assert list(shown) == ["bicubic", "w2", "GT"]
+        expected = (imgproc.imresize(lr, 2), image_files.read_image(folder / "Own" / f"{name}.png"), gt)
+        assert all((one == two).all() for one, two in zip(shown.values(), expected, strict=True))
+    before = (folder / "report.html").read_bytes()
+    code, out, err = score("--model_path", "w2.pth", "--test_sets", "Own", "--save_images", "False")
+    assert (folder / "report.html").read_bytes() == before
+    assert "report.html" in err and "report.html" not in out  # it is of earlier scores
 
 
 def test_self_ensemble_has_its_own_folder_and_the_plain_scores_beside_it(place, score):
