@@ -118,12 +118,18 @@ def enlarge_file(
     network = load_network(released_weights(scale).with_name(name), device)
     size = (height * scale, width * scale)
     notes = [f"note: {note}" for note in (*photo.notes, *check_writable(photo, ".png", size))]
-    tell(0.15, f"enlarging to {size[1]}x{size[0]}")
+    parts: list[float] = []  # of the image that are done; with alpha, twice as many
+
+    def advance(part: float) -> None:
+        parts.append(part)
+        tell(0.1 + 0.7 * min(1, sum(parts) / (1 if photo.transparency is None else 2)), f"enlarging to {size[1]}x{size[0]}")
+
+    advance(0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        result = enlarge_photo(photo, partial(upscale, network, precision=utils.choose_precision("auto", device)), size)
+        result = enlarge_photo(photo, partial(upscale, network, precision=utils.choose_precision("auto", device), progress=advance), size)
     notes += [f"warning: {warning.message}" for warning in caught]
-    tell(0.8, "writing")
+    tell(0.85, "writing")
     target = Path(tempfile.mkdtemp(dir=folder)) / f"{path.stem}_x{scale}.png"
     write_photo(target, result)
     before, after, note = html_report.beside_bicubic(photo, result)

@@ -45,6 +45,7 @@ def test_a_file_becomes_what_inference_writes(tmp_path, enlarge, photo):
         assert abs(before.astype(int) - imgproc.imresize(image_files.read_image(tmp_path / "a.png"), 2)).max() <= photo.bits // 16
     shares = [share for share, _ in enlarge[1]]
     assert shares == sorted(shares) and shares[-1] < 1
+    assert max(share for share, text in enlarge[1] if "26" in text) == pytest.approx(0.8)  # all parts of 40x26 add up
 
 
 def test_mistakes_are_told_in_words(tmp_path, enlarge):
