@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_type_hints
 
 import tyro
 
@@ -37,6 +37,8 @@ class InferenceConfig:
             for path in getattr(self, name) if name in ("images", "input") else [getattr(self, name)]:
                 if path.startswith("~"):
                     raise ValueError(f"{name}={path!r}: ~ is only replaced by shells, and not here: write the whole path")
+        if self.weights not in get_args(get_type_hints(type(self))["weights"]):  # as a page can send
+            raise ValueError(f"weights={self.weights!r} are unknown; choose auto, clean or photo")
         if self.model_path and self.weights != "auto":
             raise ValueError(f"weights={self.weights!r} has no effect with model_path={self.model_path!r}: leave one out")
         if self.outscale is not None and not 0 < self.outscale <= 64:

@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -120,11 +121,11 @@ class Enlargers:
     NOISE, BLOCKINESS = 2.5, 1.2  # beyond which lossless images are taken as photographs (docs/images.md)
     JUDGED = 1024  # pixels; side of the middle part of an image that is judged
 
-    def __init__(self, config: InferenceConfig) -> None:
+    def __init__(self, config: InferenceConfig, device: torch.device | None = None) -> None:
         self.config = config
         self.say: Callable[[str], object] = print
         self.speed = 0.0  # seconds for each pixel of the input
-        self.device = start_runtime(alone=True).device
+        self.device = device or start_runtime(alone=True).device
         self.precision = utils.choose_precision(config.precision, self.device)
         self.scale: int = config.upscale_factor or 4
         self.networks: dict[str, model.RCAN] = {}

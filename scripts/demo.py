@@ -19,10 +19,9 @@ import importlib.util
 import os
 import tempfile
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,15 +29,12 @@ import tyro
 
 import files
 import html_report
-import model
-import utils
-import weights
 from config import released_weights
-from image_files import IMAGE_SUFFIXES, check_writable, image_size, read_photo, write_photo
+from config_inference import InferenceConfig
+from image_files import IMAGE_SUFFIXES, image_size, read_photo, write_photo
 from imgproc import RGB
-from inference import enlarge_photo
+from inference import Enlargers, upscale_photo
 from runtime import run_script, start_runtime
-from upscaling import upscale
 
 MAX_UPLOAD = "200mb"
 
@@ -81,32 +77,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 # Images
 
 
-def weights_of(scale: int) -> list[str]:
-    """The names of this repository's weights for a scale, the usual ones first."""
-    usual = released_weights(scale)
-    return sorted((path.name for path in usual.parent.glob(f"rcan_*_x{scale}.pth.tar")), key=lambda name: (name != usual.name, name))
-
-
-@lru_cache(maxsize=1)
-def load_network(path: Path, device: torch.device) -> model.RCAN:
-    return weights.load(path).to(device)
+def kinds(scale: int) -> list[str]:
+    """The weights to choose from at a scale; "auto" chooses by what an image is."""
+    return ["auto", *(kind for kind in ("clean", "photo") if released_weights(scale, kind).is_file())]
 
 
 def enlarge_file(
-    path: Path, scale: int, name: str, tell: Callable[[float, str], object], *, folder: Path, device: torch.device, config: DemoConfig
+    path: Path, scale: int, kind: str, tell: Callable[[float, str], object], *, folder: Path, device: torch.device, config: DemoConfig
 ) -> tuple[RGB, RGB, Path, list[str]]:
     """What `python inference.py` makes of a file: bicubic and the result to compare, the path of the result, and notes.
 
     Args:
-        name: one of `weights_of(scale)`.
+        kind: one of `kinds(scale)`.
         tell: called with the share that is done and what happens next.
         folder: where the result goes, into a folder of its own.
 
     Raises:
         ValueError, OSError: the image can't be read or is too large, or there are no such weights.
     """
-    if name not in weights_of(scale):  # it comes from the browser
-        raise ValueError(f"{name}: no weights for x{scale}; choose one of {', '.join(weights_of(scale))}")
     height, width = image_size(path)
     if height * width * scale**2 > config.max_megapixels * 1e6:
         raise ValueError(
@@ -115,20 +103,16 @@ def enlarge_file(
         )
     tell(0.05, "reading")
     photo = read_photo(path)
-    network = load_network(released_weights(scale).with_name(name), device)
-    size = (height * scale, width * scale)
-    notes = [f"note: {note}" for note in (*photo.notes, *check_writable(photo, ".png", size))]
-    parts: list[float] = []  # of the image that are done; with alpha, twice as many
+    settings = InferenceConfig(images=(str(path),), upscale_factor=scale, weights=kind)  # type: ignore[arg-type]  # from the browser
+    done: list[float] = []  # pixels; with alpha, twice as many
+    wanted = height * width * (1 if photo.transparency is None else 2)
 
-    def advance(part: float) -> None:
-        parts.append(part)
-        tell(0.1 + 0.7 * min(1, sum(parts) / (1 if photo.transparency is None else 2)), f"enlarging to {size[1]}x{size[0]}")
+    def advance(pixels: float) -> None:
+        done.append(pixels)
+        tell(0.1 + 0.7 * min(1, sum(done) / wanted), f"enlarging to {width * scale}x{height * scale}")
 
     advance(0)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        result = enlarge_photo(photo, partial(upscale, network, precision=utils.choose_precision("auto", device), progress=advance), size)
-    notes += [f"warning: {warning.message}" for warning in caught]
+    result, notes = upscale_photo(photo, ".png", Enlargers(settings, device), advance, settings)
     tell(0.85, "writing")
     target = Path(tempfile.mkdtemp(dir=folder)) / f"{path.stem}_x{scale}.png"
     write_photo(target, result)
@@ -143,7 +127,7 @@ def build_page(enlarge: Callable[[Path, int, str, Callable[[float, str], object]
     """The page as gradio's Blocks; `enlarge` is `enlarge_file` but for its settings."""
     import gradio  # only here, as it is not among the requirements of the other scripts
 
-    scales = [scale for scale in (2, 3, 4, 8) if weights_of(scale)]
+    scales = [scale for scale in (2, 3, 4, 8) if len(kinds(scale)) > 1]
     if not scales:
         raise ValueError(f"{released_weights(4).parent}: no weights; restore the folder with git checkout")
     first = 4 if 4 in scales else scales[0]
@@ -165,7 +149,7 @@ def build_page(enlarge: Callable[[Path, int, str, Callable[[float, str], object]
             with gradio.Column(scale=1, min_width=260):
                 file = gradio.File(label="Image", file_types=[*IMAGE_SUFFIXES])
                 scale = gradio.Radio([(f"x{value}", value) for value in scales], value=first, label="Scale")
-                name = gradio.Dropdown(weights_of(first), label="Weights")
+                name = gradio.Dropdown(kinds(first), label="Weights", info="auto: by what the image is")
                 button = gradio.Button("Enlarge", variant="primary")
                 download = gradio.DownloadButton("Download", interactive=False)
                 notes = gradio.Markdown()
@@ -174,7 +158,7 @@ def build_page(enlarge: Callable[[Path, int, str, Callable[[float, str], object]
                     label="Bicubic on the left, the network on the right", format="png", interactive=False, max_height=600,
                     buttons=["fullscreen"],
                 )  # fmt: skip
-        scale.change(lambda value: gradio.Dropdown(weights_of(value), value=weights_of(value)[0]), scale, name)
+        scale.change(lambda value: gradio.Dropdown(kinds(value), value="auto"), scale, name)
         button.click(answer, [file, scale, name], [slider, download, notes], show_progress_on=slider)
     return page
 

@@ -35,8 +35,8 @@ DEEP = np.random.default_rng(0).integers(0, 65536, (13, 20, 3), dtype=np.uint16)
 @pytest.mark.parametrize("photo", [Photo(drawn_image(13, 20)), Photo(drawn_image(13, 20), ALPHA, dpi=(100, 100)), Photo(DEEP)])
 def test_a_file_becomes_what_inference_writes(tmp_path, enlarge, photo):
     write_photo(tmp_path / "a.png", photo)
-    before, after, target, notes = enlarge[0](tmp_path / "a.png", 2, released_weights(2).name)
-    inference.main(["--input", str(tmp_path / "a.png"), "--output", str(tmp_path / "out"), "--upscale_factor", "2"])
+    before, after, target, notes = enlarge[0](tmp_path / "a.png", 2, "clean")
+    inference.main(["--input", str(tmp_path / "a.png"), "--output", str(tmp_path / "out"), "-s", "2", "--weights", "clean"])
     assert target.name == "a_x2.png"
     assert target.read_bytes() == (tmp_path / "out/a.png").read_bytes()
     assert ("white" in notes[0]) == (photo.alpha is not None)
@@ -50,22 +50,21 @@ def test_a_file_becomes_what_inference_writes(tmp_path, enlarge, photo):
 
 def test_mistakes_are_told_in_words(tmp_path, enlarge):
     write_image(tmp_path / "large.png", drawn_image(100, 120))
+    write_image(tmp_path / "small.png", drawn_image(9, 12))
     with pytest.raises(ValueError, match=r"large\.png.*120x100.*x3.*max_megapixels"):
-        enlarge[0](tmp_path / "large.png", 3, released_weights(3).name)  # 0.108 megapixels
-    for name in ("../weights/rcan_light_x4.pth.tar", "rcan_light_x2.pth.tar", "gone"):
-        with pytest.raises(ValueError, match=r"x4.*rcan_light_x4"):
-            enlarge[0](tmp_path / "large.png", 4, name)
+        enlarge[0](tmp_path / "large.png", 3, "auto")  # 0.108 megapixels
+    for kind in ("../weights/rcan_light_x4.pth.tar", "gone"):
+        with pytest.raises(ValueError, match=kind):
+            enlarge[0](tmp_path / "small.png", 2, kind)
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(ValueError, match=r"text\.png"):
-        enlarge[0](tmp_path / "text.png", 2, released_weights(2).name)
+        enlarge[0](tmp_path / "text.png", 2, "auto")
 
 
-def test_the_weights_of_the_repository_are_offered(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "released_weights", lambda scale: tmp_path / f"rcan_light_x{scale}.pth.tar")
-    for name in ("rcan_a_x4", "rcan_light_x4", "rcan_light_photo_x4", "rcan_light_x2", "other_x4"):
-        (tmp_path / f"{name}.pth.tar").touch()
-    assert demo.weights_of(4) == [f"{name}.pth.tar" for name in ("rcan_light_x4", "rcan_a_x4", "rcan_light_photo_x4")]
-    assert demo.weights_of(8) == []
+def test_the_weights_of_the_repository_are_offered():
+    offered = {scale: ["auto", "clean", *(["photo"] if released_weights(scale, "photo").is_file() else [])] for scale in (2, 3, 4, 8)}
+    assert {scale: demo.kinds(scale) for scale in (2, 3, 4, 8)} == offered
+    assert "photo" in offered[2] and "photo" not in offered[8]
 
 
 def test_without_gradio_the_command_to_install_it_is_named(monkeypatch):
