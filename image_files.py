@@ -63,6 +63,7 @@ class Photo:
         metadata: EXIF, XMP, comments, text, and what a PNG says of its colours.
         notes: sentences on what was left out.
         lossy: the compression that its pixels come from ("JPEG", "WEBP", "AVIF", "HEIF"); empty: none, or unknown.
+        quality: of JPEG, about, as libjpeg counts; None: unknown.
     """
 
     pixels: NDArray
@@ -73,6 +74,7 @@ class Photo:
     metadata: Metadata = field(default_factory=Metadata)
     notes: tuple[str, ...] = ()
     lossy: str = ""
+    quality: float | None = None
 
     @property
     def bits(self) -> int:
@@ -478,10 +480,10 @@ def _to_photo(image: Image.Image, file: BinaryIO) -> Photo:
     if isinstance(image, TiffImagePlugin.TiffImageFile) and 282 not in image.tag_v2:
         image.info.pop("dpi", None)  # invented by Pillow
     dpi, gray = _plausible_dpi(image.info.get("dpi")), image.mode in ("1", "L", "LA", "La")
-    lossy = _lossy_compression(image, file)
+    lossy, quality = _lossy_compression(image, file), _jpeg_quality(image)
     if image.mode in ("CMYK", "LAB", "YCbCr"):
         image, profile = _to_srgb(image, profile), None
-    return Photo(_to_array(image, "RGB"), alpha, gray, profile, dpi, notes=notes, lossy=lossy)
+    return Photo(_to_array(image, "RGB"), alpha, gray, profile, dpi, notes=notes, lossy=lossy, quality=quality)
 
 
 def _lossy_compression(image: Image.Image, file: BinaryIO) -> str:
@@ -496,6 +498,18 @@ def _lossy_compression(image: Image.Image, file: BinaryIO) -> str:
             position += 24 if kind == b"ANMF" else 8 + length + length % 2  # a frame's place, and then its own chunks
         return "WEBP" if kind == b"VP8 " else ""
     return {"MPO": "JPEG"}.get(image.format or "", image.format or "") if image.format in ("JPEG", "MPO", "AVIF", "HEIF") else ""
+
+
+def _jpeg_quality(image: Image.Image) -> float | None:
+    """What quality libjpeg needs for quantisation tables as coarse as these (its jpeg_quality_scaling, reversed)."""
+    tables = getattr(image, "quantization", None)
+    if not tables or 0 not in tables:
+        return None
+    coarseness = 100 * sum(tables[0]) / _TABLE_OF_50
+    return 5000 / coarseness if coarseness > 100 else 100 - coarseness / 2
+
+
+_TABLE_OF_50 = 3688  # sum of the standard's table for luma (ITU-T T.81, table K.1)
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

@@ -118,7 +118,7 @@ def _duration(seconds: float) -> str:
 class Enlargers:
     """Enlarges images by the network that fits them; weights are loaded when the first image needs them."""
 
-    NOISE, BLOCKINESS = 2.5, 1.2  # beyond which lossless images are taken as photographs (docs/images.md)
+    QUALITY, NOISE, BLOCKINESS = 85, 2.5, 1.2  # below or beyond which the photo weights gain (docs/images.md)
     JUDGED = 1024  # pixels; side of the middle part of an image that is judged
 
     def __init__(self, config: InferenceConfig, device: torch.device | None = None) -> None:
@@ -162,13 +162,14 @@ class Enlargers:
         top, left = (max(0, (side - self.JUDGED) // 2) for side in photo.pixels.shape[:2])
         pixels = photo.pixels[top:, left:][: self.JUDGED, : self.JUDGED]
         pixels = pixels if photo.bits == 8 else np.round(pixels / 257).astype(np.uint8)
-        if photo.lossy:
-            return "photo", f"photo weights, as it is compressed ({photo.lossy}); --weights clean takes the others"
+        if photo.lossy == "WEBP" or (photo.quality or 100) < self.QUALITY:
+            quality = f" of quality {photo.quality:.0f}" if photo.quality else ""
+            return "photo", f"photo weights, as it is a {photo.lossy}{quality}; --weights clean takes the others"
         if (blockiness := imgproc.blockiness(pixels)) > self.BLOCKINESS:
             return "photo", f"photo weights, as blocks of JPEG are seen ({blockiness:.1f}); --weights clean takes the others"
         if (noise := imgproc.noise_level(pixels)) > self.NOISE:
             return "photo", f"photo weights, as it is noisy ({noise:.1f}); --weights clean takes the others"
-        return "clean", "clean weights, as neither noise nor compression is seen; --weights photo takes the others"
+        return "clean", "clean weights, as little noise and compression is seen; --weights photo takes the others"
 
     def enlarge(self, kind: str, image: NDArray, progress: Callable[[float], object] | None = None) -> NDArray:
         config = self.config

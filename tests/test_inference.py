@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import skimage.data
 from PIL import Image, ImageCms, features
+from pytest import approx
 
 import image_files
 import imgproc
@@ -187,7 +188,7 @@ def test_the_estimate_is_of_the_size(tmp_path, monkeypatch):
     monkeypatch.setattr(inference.time, "monotonic", lambda clock=[0.0]: clock[0])
     passed = inference.time.monotonic.__defaults__[0]
     monkeypatch.setattr(inference, "upscale", lambda network, lr, *_, **options: passed.__setitem__(0, passed[0] + lr[..., 0].size / 1e5))
-    assert inference.Enlargers(inference.InferenceConfig(images=("a",))).seconds_per_pixel() == pytest.approx(1e-5)
+    assert inference.Enlargers(inference.InferenceConfig(images=("a",))).seconds_per_pixel() == approx(1e-5)
 
 
 def damaged(kind):
@@ -218,6 +219,17 @@ def test_lossy_files_are_recognised(tmp_path, name, options, lossy, profile):
         pytest.skip("Pillow without AVIF")
     Image.fromarray(RGB).save(tmp_path / name, **options, **({"icc_profile": profile} if profile else {}))
     assert read_photo(tmp_path / name).lossy == lossy
+
+
+@pytest.mark.parametrize("quality", [30, 50, 75, 92])
+def test_the_quality_of_a_jpeg_is_read_off_its_tables(tmp_path, quality):
+    Image.fromarray(skimage.data.astronaut()[:160, :160]).save(tmp_path / "a.jpg", quality=quality)
+    photo = read_photo(tmp_path / "a.jpg")
+    assert photo.quality == approx(quality, abs=1)
+    chosen, why = inference.Enlargers(inference.InferenceConfig(images=("a",))).choose(photo)
+    assert chosen == ("photo" if quality < 85 else "clean") and (str(quality) in why) == (quality < 85)
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    assert read_photo(tmp_path / "a.png").quality is None
 
 
 def test_lossy_animations_are_recognised(tmp_path):
