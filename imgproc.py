@@ -248,7 +248,7 @@ def blockiness(image: RGB) -> float:
             return 1.0
         second = abs(2 * values[:, 1:-2] - values[:, :-3] + values[:, 2:-1] * -2 + values[:, 3:])  # a step, but no ramp
         means = [float(np.minimum(second[:, phase::8], 16).mean()) for phase in range(8)]
-        ratios.append([mean / max(1e-3, (sum(means) - mean) / 7) for mean in means])
+        ratios.append([(mean + 1) / ((sum(means) - mean) / 7 + 1) for mean in means])  # differences below 1 of 255 are not seen
     return float(max(ratios[0]) * max(ratios[1])) ** 0.5
 
 
