@@ -349,8 +349,8 @@ def upscale_photo(
     if factor > enlargers.scale:
         notes.append(f"note: larger than the network's x{enlargers.scale}; the rest is bicubic")
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        warnings.filterwarnings("ignore", module=r"(PIL|tifffile)\.")  # of the image that is read meanwhile
+        warnings.simplefilter("ignore")  # those of other threads, which read and write meanwhile
+        warnings.simplefilter("always", UserWarning)  # those of `upscale`
         result = enlarge_photo(photo, lambda image: enlargers.enlarge(kind, image, lambda part: advance(part * height * width)), size)
     return result, notes + [f"warning: {warning.message}" for warning in caught]
 

@@ -215,7 +215,6 @@ def test_the_benchmark_measures_each_part(tmp_path, capsys, monkeypatch):
             continue
         assert 0 < row["seconds_best"] <= row["seconds_median"], name
         assert part == "memory" or (row["rate"] > 0 and row["share_of_limit"] > 0), name
-        assert part in ("memory", "start") or row["share_of_limit"] <= 1, name  # --help does not import PyTorch
         assert part not in ("memory", "start") or row["peak_gib"] > 0.01, name
         if part == "forward" and "limit" not in name:
             assert row["largest_difference"] < (0.5 / 255 + 1e-5 if "fp32" in name else 0.05), name  # half a step is upscale's rounding

@@ -324,6 +324,7 @@ CHANGES = (
     {"schedule": "cosine", "warmup_updates": 4, "num_workers": 2},
     {"halve_every": 2, "ema_decay": 0.5},
     {"optimizer": "muon", "pointwise_upsampler": True, "channels": 12},
+    {"degradation": "photo", "num_workers": 2},
 )
 RESUMES = [
     (CHANGES[0], 3, "fp32"),
@@ -332,6 +333,7 @@ RESUMES = [
     (CHANGES[0], 2, "fp16"),
     (CHANGES[0], 6, "bf16"),
     (CHANGES[3], 2, "fp32"),
+    (CHANGES[4], 3, "fp32"),
 ]
 
 
