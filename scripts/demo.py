@@ -117,8 +117,8 @@ def enlarge_file(
     target = Path(tempfile.mkdtemp(dir=folder)) / f"{path.stem}_x{scale}.png"
     write_photo(target, result)
     before, after, note = html_report.beside_bicubic(photo, result)
-    why = notes[0].partition(", ")[2]  # after the size, which `note` has
-    return before, after, target, [note, *([why.replace("--weights ", "the weights ")] if why else []), *notes[1:]]
+    why = notes[0].partition(", ")[2].partition(";")[0]  # without the size, which `note` has, and advice for the command line
+    return before, after, target, [note, *([why] if why else []), *notes[1:]]
 
 
 # The page
