@@ -42,4 +42,4 @@ END
 echo "  enlarged $PWD/$results/enlarged/chelsea.png (from 451x300 to 1804x1200)"
 echo "  compare  $PWD/$results/comparison.png"
 echo "  weights  $PWD/$results/best.pth.tar"
-echo "Next: your own images, python inference.py --input FOLDER --output FOLDER; your own training, edit config.py."
+echo "Next: your own images, python inference.py photo.jpg; your own training, edit config.py."
