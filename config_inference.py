@@ -23,7 +23,9 @@ class InferenceConfig:
     existing: Literal["refuse", "skip", "overwrite"] = "refuse"  # where a result is already there: stop, leave it, or replace it
     output_format: Literal["png", "same", "jpg", "webp", "tif", "bmp"] = "png"  # write this format; same: each input's own
     quality: int | None = None  # compress JPEG and WebP to this quality, 1 to 100; at 100, WebP is lossless; None: 95
-    self_ensemble: bool = False  # average over the eight flips and rotations of the image (RCAN+); eight times as slow
+    self_ensemble: tyro.conf.FlagConversionOff[bool] = (
+        False  # average over the eight flips and rotations of the image (RCAN+); eight times as slow
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # compute in this precision; auto: bf16 where the device is fast at it
     tile: int = 0  # cut images into tiles of this side, LR pixels, if memory is too small; changes results; 0: whole images
     tile_overlap: int | None = None  # blend neighbouring tiles over this many LR pixels; None: 32
@@ -56,4 +58,4 @@ class InferenceConfig:
 
 
 def parse(argv: Sequence[str] | None = None) -> InferenceConfig:
-    return tyro.cli(InferenceConfig, args=argv, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    return tyro.cli(InferenceConfig, args=argv, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))

@@ -167,7 +167,7 @@ def _to_uint8(values: NDArray) -> RGB:
 # section 3) have the same steps, with blur to sigma 3, noise to 30 and JPEG from 30. Those ranges are meant for networks that also
 # invent detail; here a part of the images stays clean, and damage is what an ordinary camera or website does.
 PHOTO: dict[str, tuple[float, float]] = {
-    "blurred": (0.4, 1),  # share of the images, and whether both sides have a sigma of their own
+    "blurred": (0.4, 0.7),  # share of the images, and of the blurred ones those with a sigma for each side
     "sigma": (0.1, 0.6),  # of the Gaussian, LR pixels
     "resampled": (0.25, 0.15),  # shares of area averaging and of bilinear interpolation; the rest is MATLAB's bicubic
     "noisy": (0.5, 0.4),  # share of the images, and of the noisy ones those with equal noise in R, G and B
@@ -192,8 +192,8 @@ def degrade_photo(gt: RGB, upscale_factor: int, random: np.random.Generator) -> 
         return random.random() < share
 
     if happens(PHOTO["blurred"][0]):
-        sigmas = random.uniform(*PHOTO["sigma"], 2) * upscale_factor
-        gt = np.asarray(cv2.GaussianBlur(gt, (0, 0), sigmas[0], sigmaY=sigmas[1]), np.uint8)
+        sigmas = random.uniform(*PHOTO["sigma"], 2 if happens(PHOTO["blurred"][1]) else 1) * upscale_factor
+        gt = np.asarray(cv2.GaussianBlur(gt, (0, 0), sigmas[0], sigmaY=sigmas[-1]), np.uint8)
     area, bilinear = PHOTO["resampled"]
     method = random.random()
     if method < area + bilinear:
@@ -246,8 +246,8 @@ def blockiness(image: RGB) -> float:
     for values in (luma, luma.T):
         if values.shape[1] < 32:
             return 1.0
-        second = abs(2 * values[:, 1:-2] - values[:, :-3] + values[:, 2:-1] * -2 + values[:, 3:])  # a step, but no ramp
-        means = [float(np.minimum(second[:, phase::8], 16).mean()) for phase in range(8)]
+        steps = abs(2 * (values[:, 1:-2] - values[:, 2:-1]) - (values[:, :-3] - values[:, 3:]))  # of a step or a slope, its size
+        means = [float(np.minimum(steps[:, phase::8], 16).mean()) for phase in range(8)]
         ratios.append([(mean + 1) / ((sum(means) - mean) / 7 + 1) for mean in means])  # differences below 1 of 255 are not seen
     return float(max(ratios[0]) * max(ratios[1])) ** 0.5
 

@@ -15,6 +15,7 @@ from config_inference import InferenceConfig, parse
 if __name__ == "__main__":
     answer_help(parse)
 
+import threading
 import time
 import warnings
 from collections import Counter
@@ -43,7 +44,7 @@ from upscaling import upscale
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Enlarge images, say what will happen and what has, and list what failed."""
+    """Enlarge images: print a forecast, each result, and what failed."""
     begin = time.monotonic()
     config = parse(argv)
     output = Path(config.output)
@@ -72,9 +73,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"tiles of {config.tile} pixels: the network's attention averages over a tile, so results differ from those of whole images")
     report = html_report.Report("Enlarged images", count=len(waiting))
 
+    lock = threading.Lock()  # two images may be written at a time
+
     def show(file: Path, photo: Photo, result: Photo) -> None:
         if page:
-            report.add_enlarged(str(targets[file].relative_to(page.parent)), photo, result, waiting.index(file))
+            with lock:
+                report.add_enlarged(str(targets[file].relative_to(page.parent)), photo, result, waiting.index(file))
 
     failed, done = [], 0
     with tqdm(total=sum(sizes.values()), bar_format="{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left", leave=False) as bar:
@@ -88,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             done += sizes.get(file, 0)
             bar.update(done - bar.n)
     if page:
-        report.notes += enlargers.descriptions()
+        report.notes += map(enlargers.describe, enlargers.used)
         report.notes += [f"Failed: {problem}" for problem in failed]
         report.notes += [f"Not compared, as the result was already there: {file}" for file in targets if file not in waiting]
         print("\n    note: ".join([str(page.absolute()), *report.write(page)]))
@@ -125,6 +129,7 @@ class Enlargers:
         self.config = config
         self.say: Callable[[str], object] = print
         self.speed = 0.0  # seconds for each pixel of the input
+        self.used: list[str] = []  # kinds of weights that images were enlarged by
         self.device = device or start_runtime(alone=True).device
         self.precision = utils.choose_precision(config.precision, self.device)
         self.scale: int = config.upscale_factor or 4
@@ -147,18 +152,25 @@ class Enlargers:
         if kind not in self.networks:
             path = released_weights(self.scale, kind) if kind else Path(self.config.model_path)
             self.networks[kind] = weights.load(path).to(self.device)
-            if self.config.verbose:
-                self.say(self.descriptions()[-1])
         return self.networks[kind]
 
-    def descriptions(self) -> list[str]:
-        """A line on each network that was loaded."""
-        return [f"{weights.describe(network)}; computing in {self.precision}" for network in self.networks.values()]
+    def describe(self, kind: str) -> str:
+        return f"{weights.describe(self.network(kind))}; computing in {self.precision}"
 
     def choose(self, photo: Photo) -> tuple[str, str]:
         """The kind of weights for an image, and why, in words."""
-        if self.config.model_path or self.config.weights != "auto" or not self.has_photo:
-            return "" if self.config.model_path else {"auto": "clean"}.get(self.config.weights, self.config.weights), ""
+        kind, why = self._choose(photo)
+        if kind not in self.used:
+            self.used.append(kind)
+            if self.config.verbose:
+                self.say(self.describe(kind))
+        return kind, why
+
+    def _choose(self, photo: Photo) -> tuple[str, str]:
+        if self.config.model_path or self.config.weights != "auto":
+            return "" if self.config.model_path else self.config.weights, ""
+        if not self.has_photo:
+            return "clean", f"clean weights, as there are none for photographs at x{self.scale}"
         top, left = (max(0, (side - self.JUDGED) // 2) for side in photo.pixels.shape[:2])
         pixels = photo.pixels[top:, left:][: self.JUDGED, : self.JUDGED]
         pixels = pixels if photo.bits == 8 else np.round(pixels / 257).astype(np.uint8)
@@ -179,8 +191,8 @@ class Enlargers:
         )  # fmt: skip
 
     def seconds_per_pixel(self) -> float:
-        """Of the input, measured on small images of noise."""
-        kind = "" if self.config.model_path else "photo" if self.config.weights != "clean" and self.has_photo else "clean"
+        """Of the input, measured on small black images; the networks of a scale are equally fast."""
+        kind = "" if self.config.model_path else "photo" if self.config.weights == "photo" else "clean"
         seconds, side = 0.0, 16
         while seconds < 0.05 and side < 512:  # the first one is slower
             side *= 2
@@ -202,14 +214,24 @@ def find_inputs(sources: Sequence[Path], output: Path) -> dict[Path, Path]:
         FileNotFoundError: there is no such path, or no image in the folder.
     """
     inputs: dict[Path, Path] = {}
+    known_files: set[Path] = set()
+
+    def add(file: Path, nested: Path) -> None:
+        if file.resolve() not in known_files:
+            inputs[file] = nested
+        known_files.add(file.resolve())
+
+    several = sum(source.is_dir() for source in sources) > 1  # whose images may have the same names
     for source in sources:
         if source.is_file():
-            inputs.setdefault(source, Path())
+            add(source, Path())
             continue
         if not source.is_dir():
             raise FileNotFoundError(f"{source}: no such file or folder; name images or folders of images")
-        results = output.resolve() if output.resolve() != source.resolve() else None
-        found = [file for file in list_images(source, nested=True) if not results or not file.parent.resolve().is_relative_to(results)]
+        within = output.resolve() != source.resolve() and output.resolve().is_relative_to(source.resolve())
+        found = [
+            file for file in list_images(source, nested=True) if not within or not file.parent.resolve().is_relative_to(output.resolve())
+        ]
         others = image_files.passed_over(source, nested=True)
         if not found:
             known = ", ".join(IMAGE_SUFFIXES)
@@ -217,7 +239,7 @@ def find_inputs(sources: Sequence[Path], output: Path) -> dict[Path, Path]:
         if others:
             print(others)
         for file in found:
-            inputs.setdefault(file, file.parent.relative_to(source))
+            add(file, Path(source.resolve().name if several else "") / file.parent.relative_to(source))
     return inputs
 
 
@@ -332,7 +354,10 @@ MANY_BYTES = 2**28  # no further image is computed while one as large waits in m
 
 def _write(target: Path, result: Photo, quality: int, notes: Notes, show: Callable[[Photo], None]) -> Notes:
     write_photo(target, result, quality)
-    show(result)
+    try:
+        show(result)
+    except (ValueError, OSError, MemoryError) as error:  # the image itself is written
+        notes.append(f"note: it is not on the page ({str(error) or 'too little memory'})")
     return notes
 
 
@@ -343,15 +368,20 @@ def upscale_photo(
     height, width = photo.pixels.shape[:2]
     factor = config.outscale or enlargers.scale
     size = (max(1, round(height * factor)), max(1, round(width * factor)))
+    passes = 1 if photo.alpha is None or (photo.alpha == photo.alpha[0, 0]).all() else 2
+    pixels = height * width / passes
     kind, why = enlargers.choose(photo)
     notes = [f"{width}x{height} to {size[1]}x{size[0]}{f', {why}' if why else ''}"]
     notes += [f"note: {note}" for note in (*photo.notes, *check_writable(photo, suffix, size))]
     if factor > enlargers.scale:
         notes.append(f"note: larger than the network's x{enlargers.scale}; the rest is bicubic")
+    if factor < enlargers.scale:
+        notes.append(f"note: enlarged {enlargers.scale} times, then reduced by bicubic")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")  # those of other threads, which read and write meanwhile
         warnings.simplefilter("always", UserWarning)  # those of `upscale`
-        result = enlarge_photo(photo, lambda image: enlargers.enlarge(kind, image, lambda part: advance(part * height * width)), size)
+        warnings.filterwarnings("ignore", module=r"(PIL|tifffile)\.")
+        result = enlarge_photo(photo, lambda image: enlargers.enlarge(kind, image, lambda part: advance(part * pixels)), size)
     return result, notes + [f"warning: {warning.message}" for warning in caught]
 
 

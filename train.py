@@ -450,6 +450,11 @@ def prepare(config: Config, build_step: BuildStep = PixelStep, runtime: Runtime 
     if config.pretrained_model_path and not found:
         say(weights.transfer(step.generator, config.pretrained_model_path))
     draws_lr = degradation == "photo" and all(pair.lr is None for pair in pairs)
+    if degradation == "photo" and not draws_lr and (without := [name for name, members in sets.items() if members[0].lr is None]):
+        raise ValueError(
+            f"degradation='photo': {without[0]} has no LR images, but other training sets do: move LRphotox{scale} away, and LR is drawn "
+            "for all, or make it for all by scripts/prepare_dataset.py"
+        )
     stored = "BI" if draws_lr else degradation
     build = partial(PairStore.open_or_build, sets, scale, stored, config.cache_dir, sizes=sizes, progress=runtime.is_main)
     store = runtime.in_turns(build)

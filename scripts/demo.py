@@ -104,12 +104,11 @@ def enlarge_file(
     tell(0.05, "reading")
     photo = read_photo(path)
     settings = InferenceConfig(images=(str(path),), upscale_factor=scale, weights=kind)  # type: ignore[arg-type]  # from the browser
-    done: list[float] = []  # pixels; with alpha, twice as many
-    wanted = height * width * (1 if photo.transparency is None else 2)
+    done: list[float] = []  # pixels
 
     def advance(pixels: float) -> None:
         done.append(pixels)
-        tell(0.1 + 0.7 * min(1, sum(done) / wanted), f"enlarging to {width * scale}x{height * scale}")
+        tell(0.1 + 0.7 * min(1, sum(done) / (height * width)), f"enlarging to {width * scale}x{height * scale}")
 
     advance(0)
     result, notes = upscale_photo(photo, ".png", Enlargers(settings, device), advance, settings)

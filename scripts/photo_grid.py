@@ -39,7 +39,7 @@ from upscaling import upscale
 class GridConfig:
     weights: tuple[str, ...]  # files of one scale
     sets: tuple[str, ...]  # folders of GT images
-    output: str = "results/photo_grid.json"  # write all numbers here
+    output: str = "results/photo_grid.json"  # write the table here
 
 
 def compressed(quality: int, image: RGB, seed: int) -> RGB:

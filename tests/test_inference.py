@@ -184,6 +184,24 @@ def test_several_images_and_folders_by_position(tmp_path, run, capsys):
     assert "4 images 2 times" in first and "4 images in" in last
 
 
+def test_an_output_above_the_input_and_two_folders_of_the_same_names(tmp_path, run, monkeypatch):
+    for name in ("one/a.png", "two/a.png", "two/b.png"):
+        write_image(tmp_path / name, drawn_image(6, 7))
+    monkeypatch.chdir(tmp_path)
+    run("one", "-o", ".")
+    assert image_files.image_size(tmp_path / "a.png") == (12, 14)
+    run("one", "two", tmp_path / "two/b.png", "-o", "both")  # the file is known from its folder
+    assert written(tmp_path / "both") == ["one/a.png", "two/a.png", "two/b.png"]
+
+
+def test_progress_ends_with_the_last_pass(network_path):
+    config = inference.InferenceConfig(images=("a",), model_path=str(network_path))
+    for alpha in (None, ALPHA, np.full_like(ALPHA, 9)):
+        parts = []
+        inference.upscale_photo(Photo(RGB, alpha), ".png", inference.Enlargers(config), parts.append, config)
+        assert sum(parts) == approx(12 * 17)
+
+
 def test_the_estimate_is_of_the_size(tmp_path, monkeypatch):
     monkeypatch.setattr(inference.time, "monotonic", lambda clock=[0.0]: clock[0])
     passed = inference.time.monotonic.__defaults__[0]
@@ -448,7 +466,7 @@ def test_compare_shows_each_result_beside_bicubic(tmp_path, run, capsys):
     write_image(tmp_path / "in/deep/b <i>.png", drawn_image(9, 14, seed=1))
     (tmp_path / "in/c.png").write_bytes(b"text")
     with pytest.raises(ValueError, match=r"c\.png"):
-        run("--input", tmp_path / "in", "--output", tmp_path / "out", "--outscale", 2.5, "--compare", True)
+        run("--input", tmp_path / "in", "--output", tmp_path / "out", "--outscale", 2.5, "--compare")
     page = Page(tmp_path / "out/report.html")
     assert str(tmp_path / "out/report.html") in capsys.readouterr().out
     assert list(page.figures) == ["a.png", "deep/b <i>.png"]
@@ -464,7 +482,7 @@ def test_compare_shows_each_result_beside_bicubic(tmp_path, run, capsys):
 def test_a_page_that_is_there_is_treated_as_any_result(tmp_path, run, existing):
     write_image(tmp_path / "a.png", RGB)
     write_image(tmp_path / "b.png", RGB)
-    arguments = ("--output", tmp_path / "out", "--compare", True, "--existing", existing)
+    arguments = ("--output", tmp_path / "out", "--compare", "--existing", existing)
     run("--input", tmp_path / "a.png", *arguments)
     if existing == "refuse":
         with pytest.raises(ValueError, match=r"report\.html"):

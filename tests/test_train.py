@@ -316,6 +316,13 @@ def test_a_spike_is_skipped_by_choice(settings, monkeypatch):
         assert same is bool(threshold)
 
 
+def test_photo_with_lr_images_of_one_set_alone_is_refused(settings, tmp_path):
+    write_set(tmp_path / "data/Other", [(24, 24)])
+    image_files.write_image(tmp_path / "data/Other/LRphotox2/a.png", np.zeros((12, 12, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"Train.*LRphotox2"):
+        run(settings(degradation="photo", train_sets=("Train", "Other")))
+
+
 # Resuming
 
 
