@@ -224,7 +224,7 @@ def test_the_benchmark_measures_each_part(tmp_path, capsys, monkeypatch):
         "spandrel",
         "torchSR",
         "ONNX Runtime",
-        "train.py, bf16",
+        "train.py, fp32",
         "plain loop",
         "Pillow",
         "inference.py",
