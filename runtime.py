@@ -64,7 +64,7 @@ def run_script(main: Callable[[], None]) -> None:
     except SystemExit as end:
         together = end.code == STOPPED
         raise
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, EOFError) as error:
         sentence = None if debug else _sentence(error)
         if sentence is None:
             raise
@@ -115,7 +115,8 @@ def _sentence(error: Exception) -> str | None:
     """The sentence for the user, or None for a mistake of ours."""
     innermost = traceback.extract_tb(error.__traceback__)[-1]
     ours = Path(innermost.filename).resolve().parent in (REPOSITORY, REPOSITORY / "scripts")
-    if isinstance(error, ConnectionResetError) and error.errno:  # the system, about the pipe to a data worker
+    reset = isinstance(error, ConnectionResetError) and error.errno  # the system, about the pipe to a data worker
+    if reset or (isinstance(error, EOFError) and "multiprocessing" in innermost.filename):
         return _WORKER
     if isinstance(error, OSError):
         return files.explain(error)

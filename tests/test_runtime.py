@@ -2,6 +2,7 @@
 
 import errno
 import io
+import multiprocessing
 import os
 import shutil
 import signal
@@ -64,6 +65,16 @@ def test_what_is_no_mistake_of_ours_is_a_sentence(error, named, capsys, monkeypa
     assert said.startswith("error: ")
     assert said.count("\n") == 1
     assert named in said
+
+
+def test_a_worker_that_ends_while_it_hands_over_a_batch_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x"])
+    here, there = multiprocessing.Pipe()
+    there.close()
+    with pytest.raises(SystemExit) as end:
+        runtime.run_script(here.recv)
+    assert end.value.code == 1
+    assert "num_workers" in capsys.readouterr().err
 
 
 def test_a_closed_pipe_is_not_blamed_on_the_workers(capsys, monkeypatch):
