@@ -8,6 +8,7 @@ import tyro
 
 Images = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="IMAGE ...")]]
 Output = Annotated[str, tyro.conf.arg(aliases=["-o"])]
+Chosen = tyro.conf.FlagConversionOff[bool]  # --self_ensemble True, as test.py has it
 Factor = Annotated[Literal[2, 3, 4, 8] | None, tyro.conf.arg(aliases=["-s"])]
 
 
@@ -23,9 +24,7 @@ class InferenceConfig:
     existing: Literal["refuse", "skip", "overwrite"] = "refuse"  # where a result is already there: stop, leave it, or replace it
     output_format: Literal["png", "same", "jpg", "webp", "tif", "bmp"] = "png"  # write this format; same: each input's own
     quality: int | None = None  # compress JPEG and WebP to this quality, 1 to 100; at 100, WebP is lossless; None: 95
-    self_ensemble: tyro.conf.FlagConversionOff[bool] = (
-        False  # average over the eight flips and rotations of the image (RCAN+); eight times as slow
-    )
+    self_ensemble: Chosen = False  # average over the eight flips and rotations of the image (RCAN+); eight times as slow
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # compute in this precision; auto: bf16 where the device is fast at it
     tile: int = 0  # cut images into tiles of this side, LR pixels, if memory is too small; changes results; 0: whole images
     tile_overlap: int | None = None  # blend neighbouring tiles over this many LR pixels; None: 32
@@ -35,10 +34,9 @@ class InferenceConfig:
     def __post_init__(self) -> None:
         if not (self.images or self.input):
             raise ValueError("there is nothing to enlarge: name images or folders, as in python inference.py photo.jpg")
-        for name in ("images", "input", "output", "model_path"):
-            for path in getattr(self, name) if name in ("images", "input") else [getattr(self, name)]:
-                if path.startswith("~"):
-                    raise ValueError(f"{name}={path!r}: ~ is only replaced by shells, and not here: write the whole path")
+        for path in (*self.images, *self.input, self.output, self.model_path):
+            if path.startswith("~"):
+                raise ValueError(f"{path}: ~ is only replaced by shells, and not here: write the whole path")
         if self.weights not in get_args(get_type_hints(type(self))["weights"]):  # as a page can send
             raise ValueError(f"weights={self.weights!r} are unknown; choose auto, clean or photo")
         if self.model_path and self.weights != "auto":

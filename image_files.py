@@ -62,7 +62,7 @@ class Photo:
         dpi: horizontal and vertical resolution for printing; None: unknown.
         metadata: EXIF, XMP, comments, text, and what a PNG says of its colours.
         notes: sentences on what was left out.
-        lossy: the compression that its pixels come from ("JPEG", "WEBP", "AVIF", "HEIF"); empty: none, or unknown.
+        lossy: the compression that its pixels come from ("JPEG", "WEBP"); empty: none, or another one.
         quality: of JPEG, about, as libjpeg counts; None: unknown.
     """
 
@@ -497,7 +497,7 @@ def _lossy_compression(image: Image.Image, file: BinaryIO) -> str:
             kind, length = header[:4], int.from_bytes(header[4:], "little")
             position += 24 if kind == b"ANMF" else 8 + length + length % 2  # a frame's place, and then its own chunks
         return "WEBP" if kind == b"VP8 " else ""
-    return {"MPO": "JPEG"}.get(image.format or "", image.format or "") if image.format in ("JPEG", "MPO", "AVIF", "HEIF") else ""
+    return "JPEG" if image.format in ("JPEG", "MPO") else ""
 
 
 def _jpeg_quality(image: Image.Image) -> float | None:

@@ -139,7 +139,7 @@ class RCAN(nn.Module):
         """Let the upsampler's first convolution compute all pixels; the later ones only pass channels on, and do not learn."""
         first, *later = self._enlarging_layers()
         count = 3
-        for layer, factor in zip(reversed(later), (1, *reversed(_UPSAMPLING_FACTORS[self.upscale_factor])), strict=False):
+        for layer, factor in zip(reversed(later), (1, *reversed(_UPSAMPLING_FACTORS[self.upscale_factor][1:])), strict=True):
             count *= factor**2
             if count > layer.in_channels:
                 raise ValueError(f"pointwise_upsampler=True needs at least {count} channels here: set channels={count}")

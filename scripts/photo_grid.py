@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 results = [imgproc.imresize(lr, scale), *(upscale(network, lr) for network in networks.values())]
                 scores.append([imgproc.psnr(sr, gt, scale) for sr in results])
             table.append([folder.name, cell, *(f"{value:.2f}" for value in np.mean(scores, 0))])
-    print(markdown_table(table))
+    print(f"{markdown_table(table)}\n{'replaces' if Path(config.output).exists() else 'in'} {config.output}")
     files.write_text(Path(config.output), to_json({**provenance(), "rows": table}, indent=1) + "\n")
 
 
